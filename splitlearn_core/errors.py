@@ -1,0 +1,79 @@
+"""Every error that this library raises on purpose.
+
+    SplitLearnError
+    ├── CheckpointError (ValueError)             the weights are damaged, incomplete or don't fit
+    ├── UnsupportedModelError (KeyError)         no known family for this architecture
+    ├── ModelSourceError (FileNotFoundError)     there is no model at that path or name
+    ├── FetchError (ConnectionError)             the hub did not answer as it should, for too long
+    ├── StorageError (OSError)                   what is fetched can't be kept: disk full, no right
+    ├── DoesNotFitError (ValueError)             a part needs more memory than its machine has
+    └── CacheMismatchError (ValueError)          a cache that belongs to another part
+
+Bad split points and dtypes are plain `ValueError`s: the caller's argument is at fault.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from splitlearn_core.report import PlanReport
+
+
+class SplitLearnError(Exception):
+    """Base of this library's errors; catch it to catch them all."""
+
+
+class CheckpointError(SplitLearnError, ValueError):
+    """A checkpoint is damaged, incomplete, or of another shape than its config says.
+
+    The message names the file and the tensors.  Fetch the checkpoint again, or ask whoever made it.
+    """
+
+
+class UnsupportedModelError(SplitLearnError, KeyError):
+    """The architecture is not one that this library can split; the message lists those it can."""
+
+    def __str__(self) -> str:
+        """Return the sentence itself: `KeyError` would show its repr."""
+        return str(self.args[0]) if self.args else ""
+
+
+class ModelSourceError(SplitLearnError, FileNotFoundError):
+    """No model lies at the given folder, file or hub name; the message says what was looked for."""
+
+
+class FetchError(SplitLearnError, ConnectionError):
+    """The network or the hub failed, and went on failing when asked again.
+
+    What was fetched so far is kept: the next start goes on from there.
+    """
+
+
+class StorageError(SplitLearnError, OSError):
+    """Fetched files can't be written: make room, or name another `cache_dir`.
+
+    `errno` says what the system said.  Nothing half done is left.
+    """
+
+    def __init__(self, message: str, errno: int | None = None) -> None:
+        """Keep the system's error number beside the message."""
+        super().__init__(message)
+        self.errno = errno
+
+
+class DoesNotFitError(SplitLearnError, ValueError):
+    """A part can't be loaded where it is planned to go: cut elsewhere, or take a larger machine.
+
+    Attributes:
+        report: The figures of the whole plan, a `splitlearn_core.report.PlanReport`.
+    """
+
+    def __init__(self, message: str, report: PlanReport) -> None:
+        """Keep the figures beside the message."""
+        super().__init__(message)
+        self.report = report
+
+
+class CacheMismatchError(SplitLearnError, ValueError):
+    """A cache was given that another part (or nobody) made; use `part.new_cache()`."""

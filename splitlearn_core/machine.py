@@ -1,0 +1,102 @@
+"""How much memory there is: of the machine, of the container, of an accelerator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import psutil
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Memory(NamedTuple):
+    """Bytes of one kind of memory: all of it, and what can still be had now."""
+
+    total: int
+    available: int
+
+
+def host_memory() -> Memory:
+    """Return the main memory that this process can have: the machine's, or its container's."""
+    machine = psutil.virtual_memory()
+    limits = [Memory(machine.total, machine.available), *container_memory()]
+    return Memory(min(m.total for m in limits), min(m.available for m in limits))
+
+
+def cuda_memory(index: int) -> Memory:
+    """Return the memory of a CUDA device; the first call starts CUDA, which takes seconds."""
+    import torch  # noqa: PLC0415 - only those who have an accelerator pay for it here
+
+    available, total = torch.cuda.mem_get_info(index)
+    return Memory(total, available)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where one version of cgroups keeps its figures."""
+
+    mount: str
+    limit: str
+    used: str
+    cache: tuple[str, ...]
+
+
+# https://docs.kernel.org/admin-guide/cgroup-v2.html and …/cgroup-v1/memory.html
+_V2 = _Layout("sys/fs/cgroup", "memory.max", "memory.current", ("inactive_file", "active_file"))
+_V1 = _Layout(
+    "sys/fs/cgroup/memory",
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    ("total_inactive_file", "total_active_file"),
+)
+
+
+def container_memory(root: Path = Path("/")) -> Iterator[Memory]:
+    """Yield the limits that hold for this process: its control group's, and its ancestors'.
+
+    Pages of files count as used by a group, but are given up when it needs the room, so they are
+    available.  What can't be read (a path of the host's that a container does not see) is no limit.
+    """
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            yield from _limits(root, _V2, path)
+        elif "memory" in controllers.split(","):
+            yield from _limits(root, _V1, path)
+
+
+def _limits(root: Path, layout: _Layout, path: str) -> Iterator[Memory]:
+    """Yield the limits from a group up to the root of its hierarchy."""
+    mount = root / layout.mount
+    group = mount / path.strip("/")
+    while True:
+        limit = _number(group / layout.limit)
+        if limit is not None:
+            used = _number(group / layout.used) or 0
+            yield Memory(limit, max(0, limit - used + _cached(group, layout)))
+        if group == mount:
+            return
+        group = group.parent
+
+
+def _cached(group: Path, layout: _Layout) -> int:
+    """Return the bytes of files' pages that a group holds."""
+    figures = dict(line.split(" ", 1) for line in _lines(group / "memory.stat"))
+    return sum(int(figures.get(name, 0)) for name in layout.cache)
+
+
+def _number(file: Path) -> int | None:
+    """Return the number in a file; `max` means that there is none."""
+    lines = _lines(file)
+    return int(lines[0]) if lines and lines[0].isdecimal() else None
+
+
+def _lines(file: Path) -> list[str]:
+    """Return a file's lines, none where it can't be read."""
+    try:
+        return file.read_text("ascii").splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,58 @@
+"""Where a model is cut."""
+
+from __future__ import annotations
+
+import pytest
+
+from splitlearn_core.plan import ComponentSpec, SplitPlan
+
+
+def test_two_points_make_bottom_trunk_top() -> None:
+    plan = SplitPlan.from_split_points(28, [8, 24])
+
+    assert plan.components == (
+        ComponentSpec("bottom", 0, 8, True, False),
+        ComponentSpec("trunk", 8, 24, False, False),
+        ComponentSpec("top", 24, 28, False, True),
+    )
+
+
+def test_more_points_make_numbered_trunks() -> None:
+    plan = SplitPlan.from_split_points(12, [2, 5, 10])
+
+    assert plan.names == ("bottom", "trunk-0", "trunk-1", "top")
+    assert [spec.num_layers for spec in plan.components] == [2, 3, 5, 2]
+
+
+def test_full_is_always_there() -> None:
+    spec = SplitPlan.from_split_points(12, [2, 10]).component("full")
+
+    assert spec == ComponentSpec("full", 0, 12, True, True)
+
+
+@pytest.mark.parametrize("points", [[10, 2], [2, 2], [0, 4], [2, 12], [-1, 4], [2], [], [2, 13]])
+def test_bad_points_are_refused(points: list[int]) -> None:
+    with pytest.raises(ValueError, match="split points"):
+        SplitPlan.from_split_points(12, points)
+
+
+def test_out_of_range_says_how_many_layers() -> None:
+    with pytest.raises(ValueError, match="12 layers, so each must be from 1 to 11"):
+        SplitPlan.from_split_points(12, [2, 20])
+
+
+@pytest.mark.parametrize("points", [["2", 4], [True, 4], [2.0, 4]])
+def test_points_that_are_no_integers(points: list[object]) -> None:
+    with pytest.raises(ValueError, match="must be layer numbers"):
+        SplitPlan.from_split_points(12, points)  # type: ignore[arg-type]
+
+
+def test_allow_empty_admits_the_ends() -> None:
+    plan = SplitPlan.from_split_points(12, [0, 12], allow_empty=True)
+
+    assert [spec.num_layers for spec in plan.components] == [0, 12, 0]
+
+
+def test_unknown_component_lists_the_known() -> None:
+    with pytest.raises(KeyError, match="bottom, trunk, top, full"):
+        SplitPlan.from_split_points(12, [2, 10]).component("middle")
