@@ -1,0 +1,139 @@
+"""The one builder of parts: a config, what to own, and a source of tensors make a `SplitModel`."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from splitlearn_core.dtypes import dtype_name
+from splitlearn_core.families import family_of
+from splitlearn_core.loading.materialize import Placement, materialize, plan_reads
+from splitlearn_core.loading.names import map_names
+from splitlearn_core.pruning import prune
+from splitlearn_core.skeleton import build_skeleton, check_tables
+from splitlearn_core.split_model import SplitModel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from splitlearn_core.families import Family
+    from splitlearn_core.loading.materialize import PartReads, Progress
+    from splitlearn_core.loading.names import NameMap
+    from splitlearn_core.loading.sources import TensorSource
+    from splitlearn_core.plan import ComponentSpec
+    from splitlearn_core.pruning import Inlet
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A part before its weights: the pruned module on meta, and what it will read.
+
+    Attributes:
+        model: Pruned, on the meta device.
+        family: How the architecture is built.
+        inlet: Where its forwards find what they are given.
+        reads: What it needs from the checkpoint.
+    """
+
+    model: PreTrainedModel
+    family: Family
+    inlet: Inlet
+    reads: PartReads
+
+
+def draw(
+    config: PreTrainedConfig,
+    spec: ComponentSpec,
+    source: TensorSource,
+    checkpoint: str,
+    family: Family | None = None,
+) -> Blueprint:
+    """Work out what a part needs, from names and headers alone.
+
+    Args:
+        config: The whole model's; left as it is.
+        spec: What the part owns.
+        source: Where the tensors are.
+        checkpoint: Names the source in errors.
+        family: How the architecture is built; looked up by the config's type when left out.
+
+    Raises:
+        CheckpointError: The source lacks a tensor, has one of the wrong shape or kind, or a
+            stranger; or the config makes no model.
+    """
+    return next(draw_each(config, (spec,), source, checkpoint, family))
+
+
+def draw_each(
+    config: PreTrainedConfig,
+    specs: Iterable[ComponentSpec],
+    source: TensorSource,
+    checkpoint: str,
+    family: Family | None = None,
+) -> Iterator[Blueprint]:
+    """Work out what each of some parts needs, when its turn comes; otherwise as `draw`.
+
+    The checkpoint's names are looked through once, which is most of the work where they are many.
+    """
+    family = family or family_of(config.model_type)
+    names: NameMap | None = None
+    for spec in specs:
+        model = build_skeleton(copy.deepcopy(config), checkpoint)
+        names = names or map_names(model, source.names(), checkpoint)
+        inlet = prune(model, family, spec)
+        check_tables(model, checkpoint)
+        reads = plan_reads(model, names, source, checkpoint)
+        yield Blueprint(model, family, inlet, reads)
+
+
+def build_part(
+    config: PreTrainedConfig,
+    spec: ComponentSpec,
+    source: TensorSource,
+    placement: Placement,
+    *,
+    checkpoint: str,
+    progress: Progress | None = None,
+    family: Family | None = None,
+) -> SplitModel:
+    """Build one part, in evaluation mode.
+
+    Peak memory: the part plus one tensor, where tensors must be cast, moved or copied; otherwise
+    only what the mapped pages take that are touched.
+
+    Args:
+        config: The whole model's Hugging Face config.
+        spec: Which layers and ends the part owns.
+        source: Where the tensors are; stays open.
+        placement: Device, dtype, and whether weights may stay mapped.
+        checkpoint: Names the source in errors.
+        progress: See `materialize`; called too while tensors are fetched.
+        family: How the architecture is built; looked up by the config's type when left out.
+
+    Raises:
+        CheckpointError: (a `ValueError`) The source lacks a tensor, has one of the wrong shape,
+            or one that nothing has a place for; names them all.
+    """
+    blueprint = draw(config, spec, source, checkpoint, family)
+    model = blueprint.model
+    report = _never_back(progress) if progress is not None else None
+    source.prepare(blueprint.reads.stored, report)
+    materialize(model, blueprint.reads, source, placement, report)
+    part = SplitModel(model, spec, blueprint.family, blueprint.inlet)
+    model.config.dtype = dtype_name(part.dtype)
+    return part
+
+
+def _never_back(progress: Progress) -> Progress:
+    """Let tensors that were fetched, and now are placed, count once."""
+    highest = 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal highest
+        highest = max(highest, done)
+        progress(highest, total)
+
+    return report

@@ -1,0 +1,230 @@
+"""KV caches of parts.
+
+Hugging Face's forward asks a cache for masks and positions by layer number, often of layer 0.
+A part's cache therefore has a slot for every layer of the model: real ones for the layers that the
+part owns, and ghosts elsewhere, which hold no data and only count positions.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+
+from splitlearn_core.errors import CacheMismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from transformers import PreTrainedConfig
+
+    from splitlearn_core.plan import ComponentSpec
+
+
+class GhostLayer:
+    """Mixed into the class of a cache layer whose model layer another part owns.
+
+    It counts positions and holds none; what it is asked (lengths, mask sizes, whether there is a
+    recurrent state) it answers as the real one would.
+    """
+
+    # A subclass would otherwise be registered as *the* class of its layer type, for every cache.
+    _layer_type = None
+    length: int
+
+    def advance(self, positions: int) -> None:
+        """Count `positions` more."""
+        self._count(self.length + positions)
+
+    def get_seq_length(self) -> int:
+        """Return how many positions went through."""
+        return self.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` positions (a negative number, as in transformers)."""
+        self._count(max(0, self.length + min(tokens_to_remove, 0)))
+
+    def reset(self) -> None:
+        """Forget all positions."""
+        self._count(0)
+
+    def update(self, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Refuse: an absent layer has nothing to store."""
+        raise RuntimeError("a layer that this part does not own was asked to store its state")
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Do nothing: there are no rows."""
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Do nothing: there are no rows."""
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Do nothing: there are no rows."""
+
+    def offload(self) -> None:
+        """Do nothing: there is nothing to move."""
+
+    def prefetch(self) -> None:
+        """Do nothing: there is nothing to move."""
+
+    def _count(self, length: int) -> None:
+        """Set the length, under every name that the real layer has for it."""
+        self.length = length
+        if hasattr(self, "cumulative_length"):  # sliding windows
+            self.cumulative_length = length
+        states: dict[int, bool] | None = getattr(self, "has_previous_state", None)
+        if states is not None:  # recurrent states
+            self.has_previous_state = dict.fromkeys(states, length > 0)
+
+
+_GHOSTS: dict[type[Any], type[Any]] = {}
+
+
+def _ghost_class(real: type[Any]) -> type[Any]:
+    """Return the ghost of a class of cache layers, the same one each time."""
+    if real not in _GHOSTS:
+        _GHOSTS[real] = type(f"Ghost{real.__name__}", (GhostLayer, real), {"_layer_type": None})
+    return _GHOSTS[real]
+
+
+def _ghost_of(layer: Any) -> GhostLayer:
+    """Return the ghost that answers as `layer`, which is empty, would."""
+    ghost: GhostLayer = object.__new__(_ghost_class(type(layer)))
+    ghost.__dict__.update(layer.__dict__)
+    ghost.length = 0
+    return ghost
+
+
+class PartCache(DynamicCache):
+    """The cache of one part; made by `SplitModel.new_cache()`, filled in place by its forward."""
+
+    def __init__(self, config: PreTrainedConfig, spec: ComponentSpec) -> None:
+        super().__init__(config=config)
+        self.spec = spec
+        owned = range(spec.start_layer, spec.end_layer)
+        self.layers = [
+            layer if number in owned else _ghost_of(layer)  # type: ignore[misc]  # mixed in
+            for number, layer in enumerate(self.layers)
+        ]
+
+    def advance_ghosts(self, positions: int) -> None:
+        """Count `positions` that a forward has just put through the layers that are here."""
+        for layer in self.layers:
+            if isinstance(layer, GhostLayer):
+                layer.advance(positions)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the states of the part's own layers take."""
+        return sum(
+            tensor.nbytes
+            for layer in self.layers
+            for tensor in _tensors(list(vars(layer).values()))
+        )
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in nested containers."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+class ChainCache(Cache):
+    """The cache of a chain of parts: one cache for each, in the order of the layers.
+
+    A part that is elsewhere has a cache there; what stands for it here need only have
+    `get_seq_length`.  What this object is asked, it asks of every part.
+    """
+
+    def __init__(self, parts: Iterable[Any]) -> None:
+        super().__init__(layers=[])
+        self.parts = tuple(parts)
+        self._uneven = False
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Fill every part's cache within the block.
+
+        If that fails, some parts have the new positions and others have not; from then on the
+        cache can only be `reset`.
+
+        Raises:
+            CacheMismatchError: An earlier step failed.
+        """
+        if self._uneven:
+            raise CacheMismatchError(
+                "a step with this cache failed half-way, so that its parts hold different"
+                " positions; begin again with new_cache()"
+            )
+        self._uneven = True
+        yield
+        self._uneven = False
+
+    def __len__(self) -> int:
+        """Return the number of parts."""
+        return len(self.parts)
+
+    @property
+    def is_compileable(self) -> bool:
+        """No: the parts' caches grow."""
+        return False
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """Whether each layer slides, as far as the first part tells."""
+        return [bool(sliding) for sliding in getattr(self.parts[0], "is_sliding", [])]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return how many positions are held; the same in every part."""
+        del layer_idx
+        return int(self.parts[0].get_seq_length())
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Return -1: no part's cache has a fixed length."""
+        del layer_idx
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` positions in every part."""
+        self._each("crop", tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the rows in every part (beam search)."""
+        self._each("reorder_cache", beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row in every part."""
+        self._each("batch_repeat_interleave", repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows in every part."""
+        self._each("batch_select_indices", indices)
+
+    def reset(self) -> None:
+        """Forget everything in every part."""
+        self._each("reset")
+        self._uneven = False
+
+    def close(self) -> None:
+        """End the sessions of parts that are elsewhere."""
+        for part in self.parts:
+            close = getattr(part, "close", None)
+            if close is not None:
+                close()
+
+    def _each(self, method: str, *args: Any) -> None:
+        """Call `method` of every part's cache, having checked that all of them have it."""
+        calls = [getattr(part, method, None) for part in self.parts]
+        for part, call in zip(self.parts, calls, strict=True):
+            if call is None:
+                raise NotImplementedError(f"{type(part).__name__} can't do {method}")
+        for call in calls:
+            if call is not None:
+                call(*args)

@@ -1,0 +1,352 @@
+"""From a model's name to its parts: plan, choose a strategy, build."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from splitlearn_core.builder import build_part, draw
+from splitlearn_core.devices import check_device, resolve_devices
+from splitlearn_core.dtypes import as_dtype
+from splitlearn_core.estimate import MemoryEstimate, estimate_tensors
+from splitlearn_core.families import KNOWN_TYPES, family_of
+from splitlearn_core.loading.files import CheckpointFiles, find_files, local_config
+from splitlearn_core.loading.materialize import Placement, Progress
+from splitlearn_core.loading.opening import open_source
+from splitlearn_core.loading.whole import open_whole_model
+from splitlearn_core.plan import FULL, TRUNK, ComponentSpec, SplitPlan
+from splitlearn_core.skeleton import load_config
+from splitlearn_core.utils.memory import MemoryTracker
+from splitlearn_core.utils.storage import StorageManager
+
+if TYPE_CHECKING:
+    import os
+
+    import torch
+    from transformers import PreTrainedConfig
+
+    from splitlearn_core.devices import DeviceMap
+    from splitlearn_core.loading.sources import TensorSource
+    from splitlearn_core.split_model import SplitModel
+
+    Parts = tuple[SplitModel | None, SplitModel | list[SplitModel] | None, SplitModel | None]
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model that was found: its files and config, nothing of its weights."""
+
+    files: CheckpointFiles
+    config: PreTrainedConfig
+
+    @property
+    def description(self) -> str:
+        """The folder or hub name."""
+        return self.files.description
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return int(self.config.get_text_config(decoder=True).num_hidden_layers)
+
+
+def find_model(
+    model_name_or_path: str | os.PathLike[str],
+    *,
+    model_type: str = AUTO,
+    cache_dir: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    progress_bar: bool = False,
+) -> OpenModel:
+    """Find a model and read its config; arguments as in `find_files`.
+
+    Raises:
+        ModelSourceError: (a `FileNotFoundError`) There is no model of that name.
+        UnsupportedModelError: (a `KeyError`) The architecture is not known.
+        ValueError: The config is of another `model_type` than was asked for.
+    """
+    if model_type != AUTO:
+        family_of(model_type)
+    files = find_files(
+        model_name_or_path,
+        cache_dir=cache_dir,
+        revision=revision,
+        token=token,
+        progress_bar=progress_bar,
+    )
+    config = load_config(local_config(files))
+    if model_type not in {AUTO, config.model_type}:
+        raise ValueError(
+            f"{files.description} is a {config.model_type} model, not {model_type}; use that type,"
+            f" or '{AUTO}'"
+        )
+    return OpenModel(files, config)
+
+
+def load_component(
+    model_name_or_path: str | os.PathLike[str],
+    component: str,
+    split_points: Iterable[int] | None = None,
+    *,
+    model_type: str = AUTO,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    allow_empty: bool = False,
+    mmap: bool = True,
+    progress: Progress | None = None,
+    token: str | bool | None = None,
+    verbose: bool = False,
+) -> SplitModel:
+    """Load one part, from the open checkpoint, with that part's memory alone.
+
+    Args:
+        model_name_or_path: Folder, `builtin:NAME`, hub name, or weights file.
+        component: `bottom`, `trunk`, `trunk-0`, …, `top` or `full`.
+        split_points: Layer numbers of the cuts; not needed for `full`.
+        model_type: Architecture; `auto` takes the config's.
+        device: Where the weights go.
+        dtype: Cast to this; `None` keeps what is stored.
+        cache_dir: Where files from the hub are kept.
+        revision: Branch, tag or commit on the hub.
+        allow_empty: Let Bottom or Top have no layers.
+        mmap: Let the weights stay views of the file, where nothing must change.  A file that is
+            then overwritten in place changes them; one that is replaced does not.
+        progress: Called with (bytes done, bytes in all) between tensors, and while they are
+            fetched; what it raises ends the load and leaves nothing behind, but what has come in
+            from a hub, for the next time.
+        token: For the hub; `None` uses `HF_TOKEN` or the login.
+        verbose: Show a bar while something is fetched.
+
+    Raises:
+        ModelSourceError: (a `FileNotFoundError`) There is no such model.
+        CheckpointError: (a `ValueError`) The checkpoint is damaged or incomplete.
+        FetchError: (a `ConnectionError`) The hub failed, again and again.
+        StorageError: (an `OSError`) What comes from the hub can't be written.
+        UnsupportedModelError: (a `KeyError`) The architecture is not known.
+        ValueError: Bad split points, dtype or device.
+        KeyError: No component of that name.
+    """
+    placement = Placement(check_device(device), as_dtype(dtype), mmap)
+    model = find_model(
+        model_name_or_path,
+        model_type=model_type,
+        cache_dir=cache_dir,
+        revision=revision,
+        token=token,
+        progress_bar=verbose,
+    )
+    spec = _spec(model, component, split_points, allow_empty=allow_empty)
+    with closing(open_source(model.files)) as source:
+        return build_part(
+            model.config, spec, source, placement, checkpoint=model.description, progress=progress
+        )
+
+
+def estimate_component(
+    model_name_or_path: str | os.PathLike[str],
+    component: str,
+    split_points: Iterable[int] | None = None,
+    *,
+    model_type: str = AUTO,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    allow_empty: bool = False,
+    mmap: bool = True,
+    token: str | bool | None = None,
+) -> MemoryEstimate:
+    """Return what `load_component` with the same arguments will need, from headers alone.
+
+    It raises what `load_component` would raise, but for weights that turn out to be unreadable.
+    """
+    placement = Placement(check_device(device), as_dtype(dtype), mmap)
+    model = find_model(
+        model_name_or_path,
+        model_type=model_type,
+        cache_dir=cache_dir,
+        revision=revision,
+        token=token,
+    )
+    spec = _spec(model, component, split_points, allow_empty=allow_empty)
+    with closing(open_source(model.files)) as source:
+        blueprint = draw(model.config, spec, source, model.description)
+        return estimate_tensors(blueprint.reads.stored.values(), placement)
+
+
+def _spec(
+    model: OpenModel, component: str, split_points: Iterable[int] | None, *, allow_empty: bool
+) -> ComponentSpec:
+    """Return the component of the plan that the split points make."""
+    if split_points is None:
+        if component != FULL:
+            raise ValueError(f"component {component!r} needs split_points, as in [8, 24]")
+        return SplitPlan.whole(model.num_layers).component(FULL)
+    plan = SplitPlan.from_split_points(model.num_layers, split_points, allow_empty=allow_empty)
+    return plan.component(component)
+
+
+class ModelFactory:
+    """Makes parts; the door that the quick-start functions and the manager go through."""
+
+    @staticmethod
+    def create_split_models(
+        model_type: str,
+        model_name_or_path: str | os.PathLike[str],
+        split_point_1: int,
+        split_point_2: int,
+        device: str | torch.device = "cpu",
+        device_map: DeviceMap = None,
+        low_memory: bool = False,
+        verbose: bool = False,
+        storage_path: str | os.PathLike[str] | None = None,
+        auto_save: bool = False,
+        parts: Iterable[str] | None = None,
+        dtype: torch.dtype | str | None = None,
+        *,
+        cache_dir: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        allow_empty: bool = False,
+        mmap: bool = True,
+        more_split_points: Sequence[int] = (),
+        token: str | bool | None = None,
+    ) -> Parts:
+        """Cut a model into Bottom, Trunk and Top.
+
+        Args:
+            model_type: Architecture (`gpt2`, `llama`, `qwen2`), or `auto`.
+            model_name_or_path: Folder, `builtin:NAME`, hub name, or weights file.
+            split_point_1: First layer of the Trunk.
+            split_point_2: First layer of Top.
+            device: Device of every part that `device_map` does not name.
+            device_map: `None`, `"auto"`, or part name -> device; see `splitlearn_core.devices`.
+            low_memory: Read each part from the open checkpoint (incremental).  Otherwise, where
+                all parts are wanted, the whole model is loaded first (traditional).
+            verbose: Print a line with the memory in use after each part, and show a bar while
+                something is fetched.
+            storage_path: Where `auto_save` saves: one folder per part.
+            auto_save: Save the parts.
+            parts: Names of the parts wanted; the others come back as `None`, and are never built.
+            dtype: Cast the weights to this; `None` keeps what is stored.
+            cache_dir: Where files from the hub are kept.
+            revision: Branch, tag or commit on the hub.
+            allow_empty: Let Bottom or Top have no layers.
+            mmap: Let weights stay views of their file, where nothing must change.
+            more_split_points: Further cuts; each makes one more Trunk.
+            token: For the hub; `None` uses `HF_TOKEN` or the login.
+
+        Returns:
+            (bottom, trunk, top) in evaluation mode; with more split points `trunk` is a list.
+
+        Raises:
+            KeyError: Unknown architecture, or an unknown name in `parts`.
+            ValueError: Bad split points, device or dtype; a damaged checkpoint.
+            FileNotFoundError: No such model.
+        """
+        model = find_model(
+            model_name_or_path,
+            model_type=model_type,
+            cache_dir=cache_dir,
+            revision=revision,
+            token=token,
+            progress_bar=verbose,
+        )
+        points = (split_point_1, split_point_2, *more_split_points)
+        plan = SplitPlan.from_split_points(model.num_layers, points, allow_empty=allow_empty)
+        if auto_save and storage_path is None:
+            raise ValueError("auto_save=True needs storage_path, the folder to save the parts in")
+        wanted = _wanted(plan, parts)
+        devices = resolve_devices(plan, device, device_map)
+        resolved = as_dtype(dtype)
+        placements = {name: Placement(devices[name], resolved, mmap) for name in plan.names}
+        with closing(
+            _choose_source(model, wanted, plan, resolved, low_memory=low_memory)
+        ) as source:
+            built = _build_all(model, wanted, source, placements, MemoryTracker(verbose=verbose))
+        if auto_save and storage_path is not None:
+            _save_all(built, storage_path)
+        return _as_triple(plan, built)
+
+    @staticmethod
+    def list_available_models() -> list[str]:
+        """Return the architectures that can be split."""
+        return list(KNOWN_TYPES)
+
+
+def _wanted(plan: SplitPlan, parts: Iterable[str] | None) -> list[ComponentSpec]:
+    """Return the components that are asked for; `trunk` means every Trunk."""
+    if parts is None:
+        return list(plan.components)
+    names = {parts} if isinstance(parts, str) else set(parts)
+    known = {*plan.names, TRUNK}
+    if unknown := sorted(names - known):
+        raise KeyError(f"parts names {unknown}; the components are {', '.join(plan.names)}")
+    return [spec for spec in plan.components if {spec.name, spec.kind} & names]
+
+
+def _choose_source(
+    model: OpenModel,
+    wanted: list[ComponentSpec],
+    plan: SplitPlan,
+    dtype: torch.dtype | None,
+    *,
+    low_memory: bool,
+) -> TensorSource:
+    """Open the checkpoint (incremental), or load the whole model first (traditional)."""
+    if low_memory or len(wanted) < len(plan.components):
+        reason = "low_memory=True" if low_memory else "only some parts are wanted"
+        logger.info("incremental loading of %s: %s", model.description, reason)
+        return open_source(model.files)
+    logger.info("traditional loading of %s: all parts, low_memory=False", model.description)
+    return open_whole_model(model.files, model.config, dtype)
+
+
+def _build_all(
+    model: OpenModel,
+    wanted: list[ComponentSpec],
+    source: TensorSource,
+    placements: dict[str, Placement],
+    tracker: MemoryTracker,
+) -> dict[str, SplitModel]:
+    """Build the wanted parts one after the other."""
+    built: dict[str, SplitModel] = {}
+    tracker.snapshot("start")
+    for spec in wanted:
+        tracker.say(f"Loading component: {_describe(spec)}")
+        built[spec.name] = build_part(
+            model.config, spec, source, placements[spec.name], checkpoint=model.description
+        )
+        tracker.snapshot(f"{spec.name} loaded")
+        tracker.report()
+    return built
+
+
+def _describe(spec: ComponentSpec) -> str:
+    """Return `bottom (layers 0-7 + embedding)`."""
+    layers = f"layers {spec.start_layer}-{spec.end_layer - 1}" if spec.num_layers else "no layers"
+    ends = (" + embedding" if spec.is_first else "") + (" + head" if spec.is_last else "")
+    return f"{spec.name} ({layers}{ends})"
+
+
+def _save_all(built: dict[str, SplitModel], storage_path: str | os.PathLike[str]) -> None:
+    """Save each part in a folder of its own."""
+    for name, part in built.items():
+        part.save(StorageManager.get_split_model_path(storage_path, name))
+
+
+def _as_triple(plan: SplitPlan, built: dict[str, SplitModel]) -> Parts:
+    """Return (bottom, trunk, top), with a list of Trunks where there are several."""
+    trunks = [built[spec.name] for spec in plan.trunks if spec.name in built]
+    several = len(plan.trunks) > 1
+    trunk = (trunks if several else trunks[0]) if trunks else None
+    return built.get("bottom"), trunk, built.get("top")

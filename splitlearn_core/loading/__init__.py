@@ -1,0 +1,1 @@
+"""From a checkpoint to a part: where tensors come from, whose they are, and bringing them in."""

@@ -1,0 +1,173 @@
+"""A checkpoint's files, wherever they lie: a folder, a single weights file, or the hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+from platformdirs import user_cache_path
+
+from splitlearn_core.errors import CheckpointError, ModelSourceError
+from splitlearn_core.regular_files import refuse_unless_regular
+from splitlearn_core.shape import CONFIG_FILE
+
+BUILTIN_PREFIX = "builtin:"
+CACHE_VARIABLE = "SPLITLEARN_CACHE_DIR"
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+_BUILTIN_FOLDER = Path(__file__).resolve().parent.parent / "builtin"
+
+
+class CheckpointFiles(Protocol):
+    """Files by name."""
+
+    @property
+    def description(self) -> str:
+        """The folder or hub name, for messages."""
+        ...
+
+    @property
+    def weights_file(self) -> str | None:
+        """The one file that holds the weights, where the user named a file."""
+        ...
+
+    def find(self, name: str) -> Path | None:
+        """Return a file's path here, fetched if need be; `None` where there is no such file."""
+        ...
+
+    def fetch(self, name: str) -> Path:
+        """Return a file's path here; an error where there is no such file."""
+        ...
+
+    def describe(self, name: str) -> str:
+        """Name a file in a message."""
+        ...
+
+
+class FolderFiles:
+    """The files in a folder.
+
+    A link must stay within the folder: what a checkpoint says lies beside it must not come from
+    anywhere else.  In the hub client's cache, links lead to the folder `blobs` of the same model.
+    A file that the user named may be a link to anywhere.
+    """
+
+    def __init__(self, folder: Path, weights_file: str | None = None) -> None:
+        self.folder = folder
+        self.description = str(folder)
+        self.weights_file = weights_file
+
+    def find(self, name: str) -> Path | None:
+        """Return the path of a file in the folder.
+
+        Raises:
+            CheckpointError: (a `ValueError`) It is no regular file, or a link that leaves the
+                folder or leads nowhere.
+        """
+        path = self.folder / name
+        if path.is_symlink() and name != self.weights_file:
+            _check_link(path)
+        refuse_unless_regular(path)
+        return path if path.exists() else None
+
+    def fetch(self, name: str) -> Path:
+        """Return the path of a file in the folder, which must be there; raises as `find`."""
+        path = self.find(name)
+        if path is None:
+            raise CheckpointError(f"{self.folder / name} is not there")
+        return path
+
+    def describe(self, name: str) -> str:
+        """Return the file's path."""
+        return str(self.folder / name)
+
+
+def _check_link(path: Path) -> None:
+    """Refuse a link that leaves its folder, or leads nowhere."""
+    target = Path(os.path.realpath(path))
+    folder = Path(os.path.realpath(path.parent))
+    is_snapshot = folder.parent.name == "snapshots"
+    is_blob = is_snapshot and target.parent == folder.parent.parent / "blobs"
+    if not (target.is_relative_to(folder) or is_blob):
+        raise CheckpointError(
+            f"{path} is a link that leaves its folder, to {target}; put a copy in its place"
+        )
+    if not path.exists():
+        raise CheckpointError(f"{path} is a link that leads nowhere")
+
+
+def cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
+    """Return where fetched files are kept: the argument, `$SPLITLEARN_CACHE_DIR`, or the user's."""
+    if cache_dir is not None:
+        return Path(cache_dir)
+    named = os.environ.get(CACHE_VARIABLE)
+    return Path(named) if named else user_cache_path("splitlearn")
+
+
+def find_files(
+    model_name_or_path: str | os.PathLike[str],
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    progress_bar: bool = False,
+) -> CheckpointFiles:
+    """Return the files of a model.
+
+    Args:
+        model_name_or_path: A folder; a `.pt`, `.pth` or `.bin` file with `config.json` beside it;
+            `builtin:NAME`; or a name on the hub (`owner/model`).
+        cache_dir: Where files of the hub are kept, see `cache_folder`.
+        revision: Branch, tag or commit on the hub.
+        token: For the hub; `None` uses `HF_TOKEN` or the login, `False` none at all.
+        progress_bar: Show a bar while something is fetched.
+
+    Raises:
+        ModelSourceError: (a `FileNotFoundError`) Nothing is there; says what was looked for.
+    """
+    name = os.fspath(model_name_or_path)
+    if name.startswith(BUILTIN_PREFIX):
+        return FolderFiles(_builtin(name.removeprefix(BUILTIN_PREFIX)))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return FolderFiles(path)
+    if path.is_file():
+        return _single_file(path)
+    if not _may_be_hub_name(name):
+        raise ModelSourceError(f"no model at {name}: there is no such folder or file")
+    from splitlearn_core.loading.hub import HubFiles  # noqa: PLC0415 - slow, and not always needed
+
+    return HubFiles(name, cache_folder(cache_dir), revision, token=token, progress_bar=progress_bar)
+
+
+def local_config(files: CheckpointFiles) -> Path:
+    """Return the folder on this machine that holds the model's `config.json`."""
+    path = files.find(CONFIG_FILE)
+    if path is None:
+        raise ModelSourceError(f"no model in {files.description}: it has no {CONFIG_FILE}")
+    return path.parent
+
+
+def _builtin(name: str) -> Path:
+    """Return the folder of a model that comes with this package."""
+    known = sorted(p.name for p in _BUILTIN_FOLDER.iterdir() if (p / CONFIG_FILE).is_file())
+    if name not in known:
+        raise ModelSourceError(f"no built-in model {name!r}; there is {', '.join(known)}")
+    return _BUILTIN_FOLDER / name
+
+
+def _single_file(path: Path) -> FolderFiles:
+    """Return the folder around a weights file that the user named."""
+    if path.suffix not in TORCH_SUFFIXES:
+        raise ModelSourceError(
+            f"{path} is a file; name the model's folder, or a weights file that ends in"
+            f" {', '.join(TORCH_SUFFIXES)}"
+        )
+    return FolderFiles(path.parent, weights_file=path.name)
+
+
+def _may_be_hub_name(name: str) -> bool:
+    """Whether `name` has the form of a hub name: `model` or `owner/model`, and no path."""
+    parts = name.split("/")
+    is_path = Path(name).is_absolute() or name.startswith((".", "~")) or "\\" in name
+    return not is_path and len(parts) <= 2 and all(parts) and not name.endswith(TORCH_SUFFIXES)  # noqa: PLR2004

@@ -1,0 +1,239 @@
+"""Bring a part's tensors in, one after the other.
+
+Peak memory is the part's final size plus one tensor (plus the tensors that are fused into one,
+where a converter does that).  Where neither dtype nor device changes, a tensor stays a view of the
+mapped file: no anonymous memory at all, until somebody writes to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from splitlearn_core.dtypes import dtype_name
+from splitlearn_core.errors import CheckpointError
+from splitlearn_core.headers import listed
+from splitlearn_core.loading.conversion import check_conversions, convert
+from splitlearn_core.skeleton import initialise_buffers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from splitlearn_core.loading.names import NameMap, Recipe
+    from splitlearn_core.loading.sources import StoredTensor, TensorSource
+
+Progress = Callable[[int, int], None]
+
+# Tensors that one message names.
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What becomes of a tensor once it is read.
+
+    Attributes:
+        device: Where it goes.
+        dtype: What it is cast to; `None` keeps what is stored.
+        mmap: Whether it may stay a view of the mapped file.
+    """
+
+    device: torch.device
+    dtype: torch.dtype | None = None
+    mmap: bool = True
+
+    def final_dtype(self, stored: torch.dtype) -> torch.dtype:
+        """Return the dtype that a tensor of dtype `stored` ends up with."""
+        wants_cast = self.dtype is not None and stored.is_floating_point
+        return self.dtype if self.dtype is not None and wants_cast else stored
+
+    def copies(self, stored: torch.dtype) -> bool:
+        """Whether a tensor of dtype `stored` needs memory of its own."""
+        return not self.mmap or self.device.type != "cpu" or self.final_dtype(stored) is not stored
+
+
+@dataclass(frozen=True)
+class PartReads:
+    """What a part needs from a checkpoint.
+
+    Attributes:
+        recipes: The part's tensor -> how it gets its values.
+        stored: The checkpoint's name -> what is known of that tensor, for all that are needed.
+        ties: The part's tensor -> the one that it shares its values with.
+    """
+
+    recipes: Mapping[str, Recipe]
+    stored: Mapping[str, StoredTensor]
+    ties: Mapping[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read, each stored tensor once."""
+        return sum(tensor.nbytes for tensor in self.stored.values())
+
+    def distinct(self) -> Iterator[tuple[Recipe, list[str]]]:
+        """Yield each recipe once, with all the part's tensors that it gives values to."""
+        users: dict[int, tuple[Recipe, list[str]]] = {}
+        for target, recipe in self.recipes.items():
+            users.setdefault(id(recipe), (recipe, []))[1].append(target)
+        yield from users.values()
+
+
+def plan_reads(
+    part: PreTrainedModel, names: NameMap, source: TensorSource, checkpoint: str
+) -> PartReads:
+    """Return what `part` (pruned, on meta) needs from `source`.
+
+    Raises:
+        CheckpointError: Tensors are missing, of another shape than the config says, or strangers;
+            names them all.
+    """
+    targets = part.state_dict()
+    recipes = {target: recipe for target in targets if (recipe := names.find(target)) is not None}
+    if missing := targets.keys() - recipes.keys():
+        raise CheckpointError(f"{checkpoint} lacks tensors that are needed: {listed(missing)}")
+    if names.unknown:
+        raise CheckpointError(
+            f"{checkpoint} has tensors that no part of this architecture has a place for:"
+            f" {listed(names.unknown)}"
+        )
+    stored = {name: source.info(name) for recipe in recipes.values() for name in recipe.stored}
+    reads = PartReads(recipes, stored, names.ties)
+    _check_fit(targets, reads, source)
+    check_conversions(part, recipes.values(), stored, source)
+    return reads
+
+
+def materialize(
+    part: PreTrainedModel,
+    reads: PartReads,
+    source: TensorSource,
+    placement: Placement,
+    progress: Progress | None = None,
+) -> None:
+    """Give every tensor of `part` its value.
+
+    Args:
+        part: Pruned, on the meta device; changed in place.
+        reads: From `plan_reads`.
+        source: Where the tensors are.
+        placement: Device, dtype and privacy of the result.
+        progress: Called with (bytes done, bytes in all) before each tensor and at the end.  What
+            it raises ends the load.
+
+    Raises:
+        CheckpointError: A tensor can't be read or converted.
+    """
+    done = 0
+    for recipe, targets in reads.distinct():
+        if progress is not None:
+            progress(done, reads.nbytes)
+        values = _cook(part, recipe, source, placement)
+        for target in targets:
+            _assign(part, target, _value_for(target, recipe, values, reads.ties))
+        done += sum(reads.stored[name].nbytes for name in recipe.stored)
+    _tie(part, reads)
+    initialise_buffers(part, placement.device)
+    if progress is not None:
+        progress(reads.nbytes, reads.nbytes)
+
+
+def _check_fit(targets: Mapping[str, torch.Tensor], reads: PartReads, source: TensorSource) -> None:
+    """Compare every stored tensor with the one that the config makes of it."""
+    wrong = [
+        f"{name} in {source.where(name)} is {found}, the config needs {wanted}"
+        for target, recipe in reads.recipes.items()
+        for name in recipe.stored
+        for found, wanted in _misfits(reads.stored[name], targets[target], recipe)
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        raise CheckpointError("; ".join(wrong[:_SHOWN]) + more)
+
+
+def _misfits(
+    stored: StoredTensor, target: torch.Tensor, recipe: Recipe
+) -> Iterator[tuple[str, str]]:
+    """Yield what is stored and what is needed instead.
+
+    A tensor that is converted gets its shape by that.  Whole numbers are no weights, nor the
+    other way round.
+    """
+    if recipe.converter is None and stored.shape != tuple(target.shape):
+        yield str(list(stored.shape)), str(list(target.shape))
+    if stored.dtype.is_floating_point != target.is_floating_point():
+        kind = "a floating-point dtype" if target.is_floating_point() else "whole numbers"
+        yield dtype_name(stored.dtype), kind
+
+
+def _cook(
+    part: PreTrainedModel, recipe: Recipe, source: TensorSource, placement: Placement
+) -> dict[str, torch.Tensor]:
+    """Read what a recipe needs, and return the tensors that it makes, by the model's names."""
+    tensors = (_place(source.read(name), placement) for name in recipe.stored)
+    if recipe.converter is None:
+        return {recipe.target: next(tensors)}
+    return convert(part, recipe, tensors, source)
+
+
+def _value_for(
+    target: str, recipe: Recipe, values: Mapping[str, torch.Tensor], ties: Mapping[str, str]
+) -> torch.Tensor:
+    """Return the one of a recipe's tensors that `target`, or its tied twin, is to have."""
+    if target in values:
+        return values[target]
+    if len(values) == 1 and (recipe.converter is None or target in ties):
+        return next(iter(values.values()))
+    raise CheckpointError(
+        f"{listed(recipe.stored)} were expected to make {target}, they made {listed(values)}"
+    )
+
+
+def _place(tensor: torch.Tensor, placement: Placement) -> torch.Tensor:
+    """Return `tensor` where and how it is wanted."""
+    dtype = placement.final_dtype(tensor.dtype)
+    moved = tensor.to(device=placement.device, dtype=dtype)
+    is_view = moved.data_ptr() == tensor.data_ptr()
+    return moved.clone() if is_view and not placement.mmap else moved
+
+
+def _assign(part: nn.Module, target: str, value: torch.Tensor) -> None:
+    """Put `value` in the place of the meta tensor called `target`."""
+    path, _, name = target.rpartition(".")
+    module = part.get_submodule(path)
+    # by way of the dicts, the one way in that leaves names, hooks and requires_grad ours
+    slots: Iterable[dict[str, Any]] = (module._parameters, module._buffers)  # noqa: SLF001
+    slot = next(slot for slot in slots if name in slot)
+    shape = getattr(slot[name], "shape", value.shape)
+    if shape != value.shape:
+        raise CheckpointError(f"{target} came out as {list(value.shape)}, not {list(shape)}")
+    if slot is module._parameters:  # noqa: SLF001
+        value = nn.Parameter(value, requires_grad=value.is_floating_point())
+    slot[name] = value
+
+
+def _tie(part: nn.Module, reads: PartReads) -> None:
+    """Let tied tensors that are both here be one object, as transformers does.
+
+    Where the checkpoint has both, and they differ, they stay apart: so does transformers.
+    """
+    for target, origin in reads.ties.items():
+        if target not in reads.recipes or origin not in reads.recipes:
+            continue
+        ours, theirs = _get(part, target), _get(part, origin)
+        if reads.recipes[target] is reads.recipes[origin] or torch.equal(ours, theirs):
+            path, _, name = target.rpartition(".")
+            setattr(part.get_submodule(path), name, theirs)
+
+
+def _get(part: nn.Module, target: str) -> torch.Tensor:
+    """Return a parameter or buffer by its name."""
+    path, _, name = target.rpartition(".")
+    tensor = getattr(part.get_submodule(path), name)
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{target} is no tensor")
+    return tensor

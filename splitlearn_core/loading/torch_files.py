@@ -1,0 +1,91 @@
+"""Weights files of torch's own formats (`.bin`, `.pt`, `.pth`): plain tensors by name, or refused.
+
+Such a file is a pickle, and could otherwise run code.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+from torch import nn
+
+from splitlearn_core.errors import CheckpointError, ModelSourceError
+from splitlearn_core.headers import check_name, listed
+from splitlearn_core.messages import in_one_line, short
+from splitlearn_core.regular_files import open_regular
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_ZIP = b"PK\x03\x04"
+
+
+def read_torch_file(path: Path) -> dict[str, torch.Tensor]:
+    """Read a plain state dict, mapping its tensors where the file's format allows it.
+
+    Raises:
+        ModelSourceError: (a `FileNotFoundError`) There is no such file.
+        CheckpointError: (a `ValueError`) It holds anything but tensors by name, or is damaged.
+    """
+    try:
+        with open_regular(path) as file:
+            is_archive = _is_archive(file, path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    except CheckpointError:
+        raise
+    except FileNotFoundError as error:
+        raise ModelSourceError(f"there is no file {path}") from error
+    except Exception as error:
+        # torch raises whatever its reader ran into, of many types; there is no second attempt
+        raise CheckpointError(
+            f"{path} is not a plain state dict (tensors by name), or is damaged; convert it to"
+            f" safetensors where it was made.  torch says: {in_one_line(error)}"
+        ) from error
+    return _plain(loaded, path)
+
+
+def _is_archive(file: BinaryIO, path: Path) -> bool:
+    """Whether a file is of torch's present format, which alone can be mapped.
+
+    torch writes such an archive without compression; one that has any can't be mapped, and might
+    unpack to anything.
+    """
+    if file.read(len(_ZIP)) != _ZIP:
+        return False
+    packed = [i.filename for i in zipfile.ZipFile(file).infolist() if i.compress_type]
+    if packed:
+        raise CheckpointError(f"{path} is compressed, which torch.save does not do; save it again")
+    return True
+
+
+def _plain(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
+    """Check that a file held tensors by name, and none but ordinary ones."""
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not tensors by name")
+    for name in loaded:
+        if not isinstance(name, str):
+            raise CheckpointError(f"{path} holds something by the name {short(name)}, no text")
+        check_name(name, str(path))
+    strangers = [name for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
+    if strangers:
+        raise CheckpointError(f"{path} holds more than tensors: {listed(strangers)}")
+    unusual = [name for name, tensor in loaded.items() if not _is_ordinary(tensor)]
+    if unusual:
+        raise CheckpointError(
+            f"{path} holds tensors without plain values (sparse, quantised or empty shells):"
+            f" {listed(unusual)}"
+        )
+    return dict(loaded)
+
+
+def _is_ordinary(tensor: torch.Tensor) -> bool:
+    """Whether a tensor simply has a value for each element."""
+    return (
+        type(tensor) in {torch.Tensor, nn.Parameter}
+        and tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+        and not tensor.is_nested
+    )

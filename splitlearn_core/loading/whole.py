@@ -1,0 +1,128 @@
+"""The traditional source of tensors: the whole model, loaded first by transformers itself."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+from transformers import GenerationConfig
+
+from splitlearn_core.builder import draw
+from splitlearn_core.errors import CheckpointError
+from splitlearn_core.headers import listed
+from splitlearn_core.loading.hub import HubFiles
+from splitlearn_core.loading.hub_source import GENERATION_CONFIG_FILE, fetch_whole
+from splitlearn_core.loading.opening import open_source
+from splitlearn_core.loading.sources import StateDictSource
+from splitlearn_core.messages import in_one_line
+from splitlearn_core.plan import FULL, SplitPlan
+from splitlearn_core.skeleton import building
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from splitlearn_core.loading.files import CheckpointFiles
+    from splitlearn_core.loading.sources import TensorSource
+
+
+def open_whole_model(
+    files: CheckpointFiles, config: PreTrainedConfig, dtype: torch.dtype | None
+) -> StateDictSource:
+    """Load the unsplit model on the CPU and offer its tensors.
+
+    Parts built from it share its memory, so that the peak is the whole model, once; where nothing
+    is cast, that is mapped memory.
+
+    Raises:
+        CheckpointError: (a `ValueError`) Tensors are missing, of the wrong shape or kind, or
+            strangers, where transformers would go on without, or with random ones.
+    """
+    return StateDictSource(_load(files, config, dtype).state_dict(), files.description)
+
+
+def load_whole_model(
+    files: CheckpointFiles, config: PreTrainedConfig, dtype: torch.dtype | None
+) -> PreTrainedModel:
+    """Load the unsplit `…ForCausalLM` of `files` as transformers does, but strictly.
+
+    Raises:
+        CheckpointError: (a `ValueError`) As `open_whole_model`; or the generation config is
+            damaged.
+    """
+    if isinstance(files, HubFiles):
+        files = fetch_whole(files)
+    model = _load(files, config, dtype)
+    if (path := files.find(GENERATION_CONFIG_FILE)) is not None:
+        model.generation_config = _generation_config(path)
+    return model
+
+
+def _load(
+    files: CheckpointFiles, config: PreTrainedConfig, dtype: torch.dtype | None
+) -> PreTrainedModel:
+    """Let transformers make the model of tensors that this library has read.
+
+    Of a folder transformers would read more than the checkpoint: adapters, shards of other
+    layouts, whatever files a config names.
+    """
+    if isinstance(files, HubFiles):
+        files = fetch_whole(files)
+    num_layers = config.get_text_config(decoder=True).num_hidden_layers
+    spec = SplitPlan.whole(num_layers).component(FULL)
+    with closing(open_source(files)) as source:
+        skeleton = draw(config, spec, source, files.description).model
+        stored = _stored_dtype(source)
+        tensors = {name: source.read(name) for name in source.names()}
+    try:
+        with building:
+            loaded: Any = type(skeleton).from_pretrained(
+                None,
+                config=copy.deepcopy(config),
+                state_dict=tensors,
+                dtype=dtype or stored,
+                output_loading_info=True,
+            )
+    except Exception as error:
+        # conversions raise whatever a tensor that does not fit leads to
+        raise CheckpointError(
+            f"{files.description} can't be loaded: {in_one_line(error)}"
+        ) from error
+    model: PreTrainedModel
+    model, report = loaded
+    _check_report(report, files.description)
+    model.config.name_or_path = config.name_or_path
+    model.eval()
+    return model
+
+
+def _generation_config(path: Path) -> GenerationConfig:
+    """Read what the model's makers say about generating."""
+    try:
+        return GenerationConfig.from_pretrained(path.parent, path.name, local_files_only=True)
+    except Exception as error:
+        # it checks its fields, and raises what it likes
+        raise CheckpointError(f"{path} makes no sense: {in_one_line(error)}") from error
+
+
+def _stored_dtype(source: TensorSource) -> torch.dtype:
+    """Return the floating-point dtype that most of the stored tensors have."""
+    counts: dict[torch.dtype, int] = {}
+    for name in source.names():
+        dtype = source.info(name).dtype
+        if dtype.is_floating_point:
+            counts[dtype] = counts.get(dtype, 0) + 1
+    if not counts:
+        raise CheckpointError("the checkpoint holds no floating-point tensor")
+    return max(counts, key=lambda dtype: counts[dtype])
+
+
+def _check_report(report: dict[str, object], where: str) -> None:
+    """Turn what transformers only warns of into an error."""
+    for key, what in (("missing_keys", "lacks tensors"), ("mismatched_keys", "has misfits")):
+        names = report.get(key)
+        if isinstance(names, (set, list, tuple)) and names:
+            raise CheckpointError(f"{where} {what} that are needed: {listed(map(str, names))}")

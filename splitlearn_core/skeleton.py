@@ -1,0 +1,111 @@
+"""The unsplit model without its weights: Hugging Face's own class, built on the meta device."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from splitlearn_core.errors import CheckpointError
+from splitlearn_core.messages import in_one_line
+from splitlearn_core.shape import CONFIG_FILE, read_shape
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# transformers swaps functions of torch.nn.init for guarded ones while it builds or initialises a
+# model.  Two threads doing so at once can leave the swap behind, so this library does it one at a
+# time.  Nothing slow may be done under the lock: no reading of weights.
+building = threading.RLock()
+
+# Tables that no checkpoint stores are computed from sizes in a config; the largest of known
+# architectures take some MB.
+MAX_TABLE_BYTES = 2**30
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """Read the Hugging Face config in `folder`, never running code that lies beside it.
+
+    Raises:
+        ModelSourceError: (a `FileNotFoundError`) No `config.json` is there.
+        CheckpointError: (a `ValueError`) The config is damaged or asks for code of its own.
+        UnsupportedModelError: (a `KeyError`) The architecture is not known.
+    """
+    shape = read_shape(folder)
+    path = folder / CONFIG_FILE
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
+        num_layers = config.get_text_config(decoder=True).num_hidden_layers
+    except Exception as error:
+        # each architecture checks its own fields, and raises what it likes
+        raise CheckpointError(f"{path} makes no sense: {in_one_line(error)}") from error
+    if num_layers != shape.num_layers:
+        raise CheckpointError(
+            f"{path} names {shape.num_layers} layers, and others from which transformers makes"
+            f" {num_layers}"
+        )
+    return config
+
+
+def build_skeleton(config: PreTrainedConfig, checkpoint: str = "the config") -> PreTrainedModel:
+    """Build the whole `…ForCausalLM` of `config` on the meta device: no memory for any weight.
+
+    It is built as float32, torch's default, whatever the weights are: another dtype would have to
+    be made torch's default for the whole process, under the forwards of other threads.  The
+    parameters get their dtype with their values.
+
+    Args:
+        config: The whole model's.
+        checkpoint: Names its origin in errors.
+
+    Raises:
+        CheckpointError: (a `ValueError`) No model can be built of the config.
+    """
+    try:
+        with building, torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:
+        # sizes that don't go together are noticed by whichever line first trips over them
+        raise CheckpointError(
+            f"{checkpoint}: no model can be built from {CONFIG_FILE}: {in_one_line(error)}"
+        ) from error
+    model.eval()
+    return model
+
+
+def check_tables(model: PreTrainedModel, checkpoint: str) -> None:
+    """Refuse a model on meta whose computed tables would take more memory than any model's do.
+
+    Raises:
+        CheckpointError: (a `ValueError`) They would; says how much.
+    """
+    stored = model.state_dict().keys()
+    nbytes = sum(b.nbytes for name, b in model.named_buffers() if name not in stored)
+    if nbytes > MAX_TABLE_BYTES:
+        raise CheckpointError(
+            f"{checkpoint}: tables of the sizes in {CONFIG_FILE} would take {nbytes:,} bytes, the"
+            f" limit is {MAX_TABLE_BYTES:,}"
+        )
+
+
+def initialise_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Give the buffers that no checkpoint stores (rotary tables, …) their values on `device`.
+
+    The architecture's own `_init_weights` computes them; everything that was loaded is marked, so
+    that it is left alone.
+    """
+    with building, torch.no_grad():
+        for module in model.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                if buffer.is_meta:
+                    module.register_buffer(name, torch.empty_like(buffer, device=device), False)
+        for tensor in model.parameters():
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # noqa: SLF001
+        for module in model.modules():
+            if hasattr(module, "_is_hf_initialized"):
+                del module._is_hf_initialized  # noqa: SLF001 - see above
+        model.initialize_weights()

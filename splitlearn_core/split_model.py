@@ -1,0 +1,253 @@
+"""A part of a model: its forward contract, its cache, its size, saving and loading."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from splitlearn_core.cache import PartCache
+from splitlearn_core.dtypes import dtype_name
+from splitlearn_core.errors import CacheMismatchError
+from splitlearn_core.pruning import HiddenStateLeaves, Inlet
+
+if TYPE_CHECKING:
+    import os
+
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from splitlearn_core.families import Family
+    from splitlearn_core.plan import ComponentSpec
+
+
+class SplitModel(nn.Module):
+    """Bottom, a Trunk, Top, or (`full`) the whole of a decoder-only language model.
+
+    What a part returns is exactly what the next one takes as its one positional argument:
+
+        hidden = bottom(input_ids)      # int64 [batch, new]     -> [batch, new, hidden]
+        hidden = trunk(hidden)          # [batch, new, hidden]   -> [batch, new, hidden]
+        output = top(hidden)            # [batch, new, hidden]   -> CausalLMOutputWithPast
+
+    Parts come back in evaluation mode.  Forwards of one part may run in several threads at once,
+    each with a cache of its own.
+
+    Attributes:
+        model: Hugging Face's own module, with what this part does not own taken out.
+        spec: Which layers and ends are here.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, spec: ComponentSpec, family: Family, inlet: Inlet
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.spec = spec
+        self._family = family
+        self._inlet = inlet
+        self.eval()
+
+    @property
+    def component(self) -> str:
+        """`bottom`, `trunk` (or `trunk-0`, …), `top` or `full`."""
+        return self.spec.name
+
+    @property
+    def start_layer(self) -> int:
+        """First layer of the part."""
+        return self.spec.start_layer
+
+    @property
+    def end_layer(self) -> int:
+        """One past the last layer of the part."""
+        return self.spec.end_layer
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The whole model's Hugging Face config."""
+        config: PreTrainedConfig = self.model.config
+        return config
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the whole model."""
+        return int(self._decoder_config.num_hidden_layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden state that goes from part to part."""
+        return int(self._decoder_config.hidden_size)
+
+    @property
+    def max_positions(self) -> int | None:
+        """Positions that the model was made for; `None` where its config does not say."""
+        limit: int | None = getattr(self._decoder_config, "max_position_embeddings", None)
+        return limit
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights (the first one's, where they differ)."""
+        return next((p.dtype for p in self.parameters()), torch.get_default_dtype())
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights and buffers; a tensor used twice counts once."""
+        tensors = [*self.parameters(), *self.buffers()]
+        return sum({id(t): t.nbytes for t in tensors}.values())
+
+    def num_parameters(self) -> int:
+        """Return the number of weights; a tied one counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def resident_bytes(self) -> int:
+        """Return the bytes of the distinct pieces of memory that hold the weights.
+
+        Pages mapped from a file count fully, whether they have been touched or not.
+        """
+        tensors = [*self.parameters(), *self.buffers()]
+        return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+    def new_cache(self) -> Cache:
+        """Return an empty KV cache for this part; give it as `past_key_values`."""
+        if self.spec.is_first and self.spec.is_last:
+            return DynamicCache(config=self.config)
+        return PartCache(self.config, self.spec)
+
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run this part.
+
+        Args:
+            inputs: `input_ids` int64 [batch, new] for Bottom and the whole model, else
+                `hidden_states` [batch, new, hidden] in the part's dtype; moved to the part's
+                device.
+            attention_mask: int64 [batch, past + new], 0 for padding; the same for every part.
+            position_ids: int64 [batch, new]; counted from the cache's length when left out.
+            past_key_values: From this part's `new_cache()`; filled in place.
+            use_cache: `True` without `past_key_values` is for the whole model alone, which returns
+                the cache that it makes: other parts return none.  `None` is what the config says,
+                as in transformers (a few architectures compute in another order then).
+            **kwargs: For the last part: what the architecture's own forward takes, such as
+                `labels` and `logits_to_keep`.
+
+        Returns:
+            The hidden state [batch, new, hidden], or transformers' `CausalLMOutputWithPast` from
+            Top and the whole model.
+
+        Raises:
+            CacheMismatchError: (a `ValueError`) The cache is another part's, or `use_cache=True`
+                without one.
+        """
+        self._check_cache(past_key_values, use_cache)
+        arguments = {
+            "attention_mask": self._here(attention_mask),
+            "position_ids": self._here(position_ids),
+            self._family.cache_argument: past_key_values,
+            **kwargs,
+        }
+        if use_cache is not None or past_key_values is not None:
+            arguments["use_cache"] = past_key_values is not None or use_cache
+        output = self._run(inputs.to(self.device), arguments)
+        if isinstance(past_key_values, PartCache):
+            past_key_values.advance_ghosts(inputs.shape[1])
+        return output
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write this part as a folder: config, safetensors, and a manifest with their hashes.
+
+        Each file appears whole or not at all; the manifest comes last.
+        """
+        from splitlearn_core.part_folder import save_part  # noqa: PLC0415 - it imports this module
+
+        save_part(self, path)
+
+    @staticmethod
+    def load(
+        path: str | os.PathLike[str],
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | str | None = None,
+        verify_hashes: bool = False,
+    ) -> SplitModel:
+        """Load a part that `save` wrote.
+
+        Args:
+            path: The folder.  A name such as `…/trunk.pt` means the folder `…/trunk` beside it:
+                no pickle is written or read.
+            device: Where the weights go.
+            dtype: Cast to this; `None` keeps what is stored.
+            verify_hashes: First read every file through, and compare it with the manifest.
+        """
+        from splitlearn_core.part_folder import load_part  # noqa: PLC0415 - it imports this module
+
+        return load_part(path, device=device, dtype=dtype, verify_hashes=verify_hashes)
+
+    def extra_repr(self) -> str:
+        """Name the part in `repr`."""
+        return (
+            f"{self.component}: layers [{self.start_layer}, {self.end_layer}), "
+            f"{self.num_parameters():,} parameters, {dtype_name(self.dtype)}"
+        )
+
+    @property
+    def _decoder_config(self) -> PreTrainedConfig:
+        """The config of the decoder: where a model is made of several, one of them."""
+        return self.config.get_text_config(decoder=True)
+
+    def _here(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """Return `tensor` on this part's device."""
+        return None if tensor is None else tensor.to(self.device)
+
+    def _check_cache(self, cache: Cache | None, use_cache: bool | None) -> None:
+        """Refuse a cache that would be filled wrongly, or a wish that can't be met."""
+        whole = self.spec.is_first and self.spec.is_last
+        if cache is None:
+            if use_cache and not whole:
+                raise CacheMismatchError(
+                    "use_cache=True needs past_key_values=part.new_cache(): a part fills the"
+                    " cache that it is given, and returns none"
+                )
+        elif isinstance(cache, PartCache):
+            if cache.spec != self.spec:
+                raise CacheMismatchError(
+                    f"this cache belongs to {cache.spec}, not to {self.spec}; use new_cache()"
+                )
+        elif not whole:
+            raise CacheMismatchError(
+                f"{self.component} needs the cache of its own new_cache(), found"
+                f" {type(cache).__name__}"
+            )
+
+    def _run(self, inputs: torch.Tensor, arguments: dict[str, Any]) -> Any:
+        """Run Hugging Face's forward from where this part begins to where it ends."""
+        if self.spec.is_first:
+            arguments["input_ids"] = inputs
+        else:
+            arguments["inputs_embeds"] = self._placeholder(inputs)
+            self._inlet.hidden_states = inputs
+        try:
+            return self.model(**arguments)
+        except HiddenStateLeaves as leaving:
+            return leaving.hidden_states
+        finally:
+            self._inlet.hidden_states = None
+
+    def _placeholder(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return zeros [batch, new, width] for the code before our layers to work on."""
+        batch, new = hidden_states.shape[:2]
+        return hidden_states.new_zeros(batch, new, self._inlet.embedding_width)

@@ -1,0 +1,95 @@
+"""A chain of parts is asked what the unsplit model can be asked, and says so where it can't."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from splitlearn_core import SplitCausalLM
+from splitlearn_core.errors import CacheMismatchError
+from splitlearn_core.quickstart import load_split_model
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.arange(14).reshape(2, 7)
+
+
+@pytest.fixture
+def chain_of(make_checkpoint: Callable[..., Any]) -> Callable[[str], tuple[Any, SplitCausalLM]]:
+    """Return a function that gives the unsplit model and the chain."""
+
+    def load(kind: str) -> tuple[Any, SplitCausalLM]:
+        checkpoint = make_checkpoint(kind)
+        return checkpoint.unsplit(), SplitCausalLM(
+            *load_split_model("auto", [2, 4], checkpoint.path)
+        )
+
+    return load
+
+
+@pytest.mark.parametrize("use_cache", [None, False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@torch.no_grad()
+def test_packed_sequences_stay_apart_where_they_do_unsplit(
+    kind: str, use_cache: bool | None, chain_of: Callable[[str], Any], ids: torch.Tensor
+) -> None:
+    """They are found by their positions, but only without a mask and a cache."""
+    unsplit, chain = chain_of(kind)
+    packed = {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), "use_cache": use_cache}
+
+    assert torch.equal(chain(ids, **packed).logits, unsplit(ids, **packed).logits)
+
+
+@torch.no_grad()
+def test_token_types_are_embedded(chain_of: Callable[[str], Any], ids: torch.Tensor) -> None:
+    unsplit, chain = chain_of("gpt2")
+    types = torch.ones_like(ids)
+
+    logits = chain(ids, token_type_ids=types).logits
+
+    assert torch.equal(logits, unsplit(ids, token_type_ids=types).logits)
+    assert not torch.equal(logits, unsplit(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"output_hidden_states": True},
+        {"output_attentions": True},
+        {"inputs_embeds": torch.zeros(2, 7, 32)},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_what_the_parts_do_not_hand_on_is_refused(
+    arguments: dict[str, Any], chain_of: Callable[[str], Any], ids: torch.Tensor
+) -> None:
+    _, chain = chain_of("llama")
+
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        chain(ids, **arguments)
+
+
+@torch.no_grad()
+def test_a_cache_that_a_failed_step_left_uneven_is_refused(
+    chain_of: Callable[[str], Any], ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bottom has the step's positions then, and the parts after it have not."""
+    unsplit, chain = chain_of("llama")
+    cache = chain.new_cache()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("the Trunk went away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chain.trunks[0], "forward", fail)
+        with pytest.raises(ConnectionError):
+            chain(ids, past_key_values=cache)
+
+    with pytest.raises(CacheMismatchError, match="begin again"):
+        chain(ids, past_key_values=cache)
+    cache.reset()
+    assert torch.equal(chain(ids, past_key_values=cache).logits, unsplit(ids).logits)
