@@ -1,0 +1,322 @@
+"""What a split will cost, from a model's config and headers: no weight is read.
+
+`splitlearn plan` prints it.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from splitlearn_core.builder import draw_each
+from splitlearn_core.devices import check_device, resolve_devices
+from splitlearn_core.dtypes import as_dtype, dtype_name
+from splitlearn_core.errors import DoesNotFitError
+from splitlearn_core.estimate import estimate_tensors
+from splitlearn_core.factory import AUTO, find_model
+from splitlearn_core.headers import INDEX_FILE, SINGLE_FILE, read_index
+from splitlearn_core.kv_cache import kv_bytes_per_token
+from splitlearn_core.loading.files import local_config
+from splitlearn_core.loading.hub import HubFiles
+from splitlearn_core.loading.hub_parts import HubParts
+from splitlearn_core.loading.hub_source import HubSource
+from splitlearn_core.loading.materialize import Placement
+from splitlearn_core.loading.opening import open_source
+from splitlearn_core.loading.ranges import Located
+from splitlearn_core.machine import cuda_memory, host_memory
+from splitlearn_core.plan import FULL, SplitPlan
+from splitlearn_core.shape import read_shape
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from splitlearn_core.builder import Blueprint
+    from splitlearn_core.devices import DeviceMap
+    from splitlearn_core.factory import OpenModel
+    from splitlearn_core.loading.files import CheckpointFiles
+    from splitlearn_core.loading.sources import StoredTensor, TensorSource
+    from splitlearn_core.plan import ComponentSpec
+
+# What goes from part to part, of every architecture that is certified.
+CROSSING = ("hidden_states",)
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """What one part will cost; sizes in bytes.
+
+    Attributes:
+        component: `bottom`, `trunk`, …, `top`, or `full` for the whole model.
+        start_layer: First layer.
+        end_layer: One past the last.
+        device: Where its weights go.
+        parameters: Number of weights; one that is used twice counts once.
+        disk_bytes: What it needs of the checkpoint.
+        download_bytes: What of that is not on this machine yet.
+        peak_bytes: Memory at the worst moment of its load, mapped pages counted fully.
+        steady_bytes: Memory once it is loaded.
+        kv_bytes_per_token: Growth of its KV cache by each token of each sequence; `None` where
+            that is not known, see `splitlearn_core.kv_cache`.
+        wire_in_bytes_per_token: What it is sent for each token; 0 for token ids, which stay.
+        wire_out_bytes_per_token: What it sends on; 0 for logits, which stay.
+        memory_bytes: All the memory that it can have: its device's, or what was given.
+        fits: Whether its peak is no more than that.
+    """
+
+    component: str
+    start_layer: int
+    end_layer: int
+    device: str
+    parameters: int
+    disk_bytes: int
+    download_bytes: int
+    peak_bytes: int
+    steady_bytes: int
+    kv_bytes_per_token: int | None
+    wire_in_bytes_per_token: int
+    wire_out_bytes_per_token: int
+    memory_bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class CutReport:
+    """What goes over the wire at one cut.
+
+    Attributes:
+        layer: First layer after the cut.
+        before: The part that sends.
+        after: The part that receives.
+        bytes_per_token: How much.
+        crosses: What: names of the values.
+    """
+
+    layer: int
+    before: str
+    after: str
+    bytes_per_token: int
+    crosses: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What a split will cost.
+
+    Attributes:
+        model: Folder or hub name.
+        model_type: Architecture.
+        num_layers: Of the whole model.
+        hidden_size: Width of the hidden state.
+        dtype: Of the weights once they are loaded.
+        split_points: Where it is cut.
+        parts: From Bottom to Top.
+        cuts: From the first to the last.
+        whole: The model unsplit, on the CPU.
+        host_bytes: Memory of this machine, or of its container.
+        available_bytes: What of that is not in use now.
+    """
+
+    model: str
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    dtype: str
+    split_points: tuple[int, ...]
+    parts: tuple[PartReport, ...]
+    cuts: tuple[CutReport, ...]
+    whole: PartReport
+    host_bytes: int
+    available_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether every part fits where it is to go, by itself."""
+        return all(part.fits for part in self.parts)
+
+    @property
+    def advice(self) -> str:
+        """What the figures of the whole model mean for this machine."""
+        if not self.whole.fits:
+            return "the whole model does not fit here"
+        return "the whole model fits here: on this machine alone, splitting it only makes it slower"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all figures, for JSON: in bytes, with names that stay."""
+        return {**asdict(self), "fits": self.fits, "advice": self.advice}
+
+
+def report_plan(
+    model_name_or_path: str | os.PathLike[str],
+    split_points: Iterable[int],
+    *,
+    model_type: str = AUTO,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+    device_map: DeviceMap = None,
+    memory: int | None = None,
+    mmap: bool = True,
+    allow_empty: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> PlanReport:
+    """Work out what a split will cost; of weights only the headers are read.
+
+    Args:
+        model_name_or_path: Folder, `builtin:NAME`, hub name, or weights file.
+        split_points: Layer numbers of the cuts.
+        model_type: Architecture; `auto` takes the config's.
+        dtype: What weights will be cast to; `None` keeps what is stored.
+        device: Device of every part that `device_map` does not name.
+        device_map: `None`, `"auto"`, or part name -> device.
+        memory: Bytes that the machine of each part has; by default this one's, or the device's.
+        mmap: Whether weights will stay mapped where nothing must change.
+        allow_empty: Let Bottom or Top have no layers.
+        cache_dir: Where files from the hub are kept.
+        revision: Branch, tag or commit on the hub.
+        token: For the hub; `None` uses `HF_TOKEN` or the login.
+
+    Raises:
+        DoesNotFitError: (a `ValueError`) A part can't be loaded where it is to go; has the report.
+        ModelSourceError, CheckpointError, UnsupportedModelError, ValueError: As `load_component`.
+    """
+    model = find_model(
+        model_name_or_path,
+        model_type=model_type,
+        cache_dir=cache_dir,
+        revision=revision,
+        token=token,
+    )
+    plan = SplitPlan.from_split_points(model.num_layers, split_points, allow_empty=allow_empty)
+    resolved = as_dtype(dtype)
+    devices = resolve_devices(plan, device, device_map)
+    placements = {name: Placement(devices[name], resolved, mmap) for name in plan.names}
+    placements[FULL] = Placement(check_device("cpu"), resolved, mmap)
+    report = _report(model, plan, placements, memory)
+    if not report.fits:
+        raise DoesNotFitError(_misfits(report), report)
+    return report
+
+
+def _report(
+    model: OpenModel, plan: SplitPlan, placements: Mapping[str, Placement], memory: int | None
+) -> PlanReport:
+    """Draw every part, and the whole, and add up."""
+    specs = (*plan.components, plan.component(FULL))
+    with closing(open_source(model.files)) as source:
+        reporter = _Reporter(model, source, memory)
+        drawn = draw_each(model.config, specs, source, model.description)
+        *parts, whole = [
+            reporter.part(spec, blueprint, placements[spec.name])
+            for spec, blueprint in zip(specs, drawn, strict=True)
+        ]
+    return PlanReport(
+        model=model.description,
+        model_type=model.config.model_type,
+        num_layers=plan.num_layers,
+        hidden_size=reporter.hidden_size,
+        dtype=dtype_name(reporter.dtype),
+        split_points=tuple(part.end_layer for part in parts[:-1]),
+        parts=tuple(parts),
+        cuts=tuple(_cuts(parts)),
+        whole=whole,
+        host_bytes=reporter.host.total,
+        available_bytes=reporter.host.available,
+    )
+
+
+class _Reporter:
+    """Adds up what parts need."""
+
+    def __init__(self, model: OpenModel, source: TensorSource, memory: int | None) -> None:
+        self.host = host_memory()
+        self.dtype = torch.float32
+        self._model = model
+        self._source = source
+        self._memory = memory
+        self.hidden_size = read_shape(local_config(model.files)).hidden_size
+
+    def part(self, spec: ComponentSpec, blueprint: Blueprint, placement: Placement) -> PartReport:
+        """Report one part, or the whole model."""
+        stored = blueprint.reads.stored
+        estimate = estimate_tensors(stored.values(), placement)
+        self.dtype = _final_dtype(stored.values(), placement)
+        itemsize = self.dtype.itemsize
+        memory = self._memory_of(spec, placement.device)
+        wire = self.hidden_size * itemsize
+        return PartReport(
+            component=spec.name,
+            start_layer=spec.start_layer,
+            end_layer=spec.end_layer,
+            device=str(placement.device),
+            parameters=sum(p.numel() for p in blueprint.model.parameters()),
+            disk_bytes=blueprint.reads.nbytes,
+            download_bytes=_missing(self._model.files, self._source, stored),
+            peak_bytes=estimate.peak_bytes,
+            steady_bytes=estimate.steady_bytes,
+            kv_bytes_per_token=kv_bytes_per_token(
+                blueprint.model, blueprint.family, spec, itemsize
+            ),
+            wire_in_bytes_per_token=0 if spec.is_first else wire,
+            wire_out_bytes_per_token=0 if spec.is_last else wire,
+            memory_bytes=memory,
+            fits=estimate.peak_bytes <= memory,
+        )
+
+    def _memory_of(self, spec: ComponentSpec, device: torch.device) -> int:
+        """Return all the memory that a part can have; the whole model is always planned here."""
+        if self._memory is not None and spec.name != FULL:
+            return self._memory
+        return cuda_memory(device.index or 0).total if device.type == "cuda" else self.host.total
+
+
+def _final_dtype(stored: Iterable[StoredTensor], placement: Placement) -> torch.dtype:
+    """Return the dtype that the first of a part's weights will have."""
+    dtypes = [tensor.dtype for tensor in stored]
+    floating = (dtype for dtype in dtypes if dtype.is_floating_point)
+    return placement.final_dtype(next(floating, dtypes[0]))
+
+
+def _cuts(parts: Sequence[PartReport]) -> Iterator[CutReport]:
+    """Yield what crosses between each part and the next."""
+    for before, after in pairwise(parts):
+        yield CutReport(
+            layer=after.start_layer,
+            before=before.component,
+            after=after.component,
+            bytes_per_token=before.wire_out_bytes_per_token,
+            crosses=CROSSING,
+        )
+
+
+def _missing(files: CheckpointFiles, source: TensorSource, stored: Iterable[str]) -> int:
+    """Return how many bytes of a part are not on this machine yet."""
+    if not (isinstance(files, HubFiles) and isinstance(source, HubSource)):
+        return 0  # files that can't be read in ranges are fetched whole, before their headers are
+    index = files.find(INDEX_FILE)
+    places = read_index(index) if index else {}
+    wanted = {name: places.get(name, SINGLE_FILE) for name in stored}
+    remote = {file for file in set(wanted.values()) if files.local(file) is None}
+    parts = HubParts(files)
+    headers = {file: parts.header(file) or {} for file in remote}
+    located = {
+        name: Located(file, headers[file][name]) for name, file in wanted.items() if file in remote
+    }
+    held = files.parts.held(located)
+    return sum(tensor.info.nbytes for name, tensor in located.items() if name not in held)
+
+
+def _misfits(report: PlanReport) -> str:
+    """Say which parts are too large, and for what."""
+    parts = [
+        f"{part.component} needs {part.peak_bytes:,} bytes at its peak, its machine ({part.device})"
+        f" has {part.memory_bytes:,}"
+        for part in report.parts
+        if not part.fits
+    ]
+    return f"{'; '.join(parts)}: cut elsewhere, make more parts, or take a smaller dtype"
