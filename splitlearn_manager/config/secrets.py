@@ -1,0 +1,68 @@
+"""Bearer tokens: named in a configuration, never written in one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from splitlearn_manager.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+logger = logging.getLogger(__name__)
+
+_MAX_TOKEN = 4096
+
+
+def check_token_source(token_file: str | None, token_env: str | None) -> None:
+    """Refuse two sources for one token.
+
+    Raises:
+        ConfigError: Both are given.
+    """
+    if token_file is not None and token_env is not None:
+        raise ConfigError(Problem("give token_file or token_env, not both", ("token_env",)))
+
+
+def read_token(
+    token_file: str | None, token_env: str | None, environ: Mapping[str, str] | None = None
+) -> str | None:
+    """Return the token that a configuration names, or `None` where it names none.
+
+    A file's surrounding white space is dropped; one that other users can read is warned about.
+
+    Raises:
+        ConfigError: The file or variable is not there, is empty, or holds more than one word.
+    """
+    check_token_source(token_file, token_env)
+    if token_file is not None:
+        return _checked(_read_file(token_file), "token_file", f"the file {token_file}")
+    if token_env is not None:
+        value = (os.environ if environ is None else environ).get(token_env, "")
+        return _checked(value, "token_env", f"the environment variable {token_env}")
+    return None
+
+
+def _checked(text: str, key: str, origin: str) -> str:
+    """Return the one word that a token is; the message never shows it."""
+    token = text.strip()
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise ConfigError(Problem(f"{origin} must hold one token of printable ASCII", (key,)))
+    return token
+
+
+def _read_file(name: str) -> str:
+    """Return what a token file holds."""
+    try:
+        with Path(name).open(encoding="utf-8", errors="replace") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if stat.S_ISREG(mode) and mode & (stat.S_IRGRP | stat.S_IROTH):
+                logger.warning("other users can read the token in %s; chmod 600 it", name)
+            return file.read(_MAX_TOKEN)
+    except OSError as error:
+        problem = Problem(f"cannot read {name}: {error.strerror or error}", ("token_file",))
+        raise ConfigError(problem) from None

@@ -1,0 +1,111 @@
+"""A thread pool whose threads never keep the process alive.
+
+The standard library's `ThreadPoolExecutor` is joined when the interpreter exits, so that a load
+that hangs in a file system or a driver would hang the exit too.  A thread can't be ended from
+outside; what can be chosen is that nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Executor, Future
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_Work = tuple["Future[Any]", "Callable[..., Any]", tuple[Any, ...], dict[str, Any]]
+
+
+class DaemonThreadPoolExecutor(Executor):
+    """At most `max_workers` daemon threads, started when there is work for them.
+
+    Work that is still running when the interpreter exits is abandoned where it stands.
+    """
+
+    def __init__(self, max_workers: int, thread_name_prefix: str) -> None:
+        if max_workers < 1:
+            raise ValueError(f"max_workers must be at least 1, found {max_workers}")
+        self._max_workers = max_workers
+        self._prefix = thread_name_prefix
+        self._queue: SimpleQueue[_Work | None] = SimpleQueue()
+        self._idle = threading.Semaphore(0)
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._closed = False
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Queue a call; its result, or whatever it raises, settles the future.
+
+        Raises:
+            RuntimeError: The executor was shut down.
+        """
+        future: Future[T] = Future()
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the executor was shut down")
+            self._queue.put((future, fn, args, kwargs))
+            if not self._idle.acquire(blocking=False) and len(self._threads) < self._max_workers:
+                self._start_thread()
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more work, and let each thread end after what is queued before this call.
+
+        Args:
+            wait: Return only when the threads have ended.
+            cancel_futures: Cancel what is queued and not yet running.
+        """
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                if cancel_futures:
+                    self._cancel_queued()
+                for _ in self._threads:
+                    self._queue.put(None)
+        if wait:
+            for thread in self._threads:
+                thread.join()
+
+    def _start_thread(self) -> None:
+        """Start one more thread."""
+        name = f"{self._prefix}-{len(self._threads)}"
+        thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _cancel_queued(self) -> None:
+        """Take the queued work away from the threads."""
+        with suppress(Empty):
+            while (work := self._queue.get_nowait()) is not None:
+                work[0].cancel()
+
+    def _run(self) -> None:
+        """Do what is queued, until told to end."""
+        while (work := self._queue.get()) is not None:
+            _do(*work)
+            del work  # what was loaded must not live on in an idle thread
+            self._idle.release()
+
+
+def _do(
+    future: Future[Any],
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Settle a future with its call's result."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = fn(*args, **kwargs)
+    except BaseException as error:  # noqa: BLE001 - it is the future's, as in the standard library
+        future.set_exception(error)
+        del future, error  # the traceback leads to this frame: a cycle that keeps the future
+    else:
+        future.set_result(result)

@@ -1,0 +1,183 @@
+"""From a `ModelConfig` to a model: the one door between the manager and `splitlearn_core`.
+
+Everything here blocks and belongs into a worker thread.  Thread counts are set once for the
+process, when the manager is made, and never by a load: that would change the forwards of models
+that are in use.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from splitlearn_core.errors import SplitLearnError
+from splitlearn_core.plan import TOP, TRUNK
+from splitlearn_manager.config.model_config import AUTO, HUGGINGFACE, PIPELINE, PYTORCH
+from splitlearn_manager.core.entries import without_frames
+from splitlearn_manager.core.states import LoadPhase
+from splitlearn_manager.errors import ModelFailedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from splitlearn_core.estimate import MemoryEstimate
+    from splitlearn_manager.config.model_config import ModelConfig
+    from splitlearn_manager.core.progress import LoadProgress
+
+logger = logging.getLogger(__name__)
+
+WARM_UP_POSITIONS = 8
+"""Positions of the forward that warms a part up; fewer where the model has fewer."""
+
+
+class Loader(Protocol):
+    """What the manager asks of whatever loads its models.  Both calls block."""
+
+    def estimate(self, config: ModelConfig) -> MemoryEstimate:
+        """Return what the load will need, without reading a weight."""
+
+    def load_from_config(self, config: ModelConfig, progress: LoadProgress | None = None) -> Any:
+        """Return the model; report to `progress`, and let what it raises end the load."""
+
+
+class ModelLoader:
+    """Loads what a `ModelConfig` describes; needs no instance.
+
+    `pytorch`, `huggingface`, `auto` and the architectures all are parts (or the whole) of one
+    checkpoint, in the format that its files have; `pipeline` is Bottom and Top from here, and a
+    Trunk from elsewhere.
+    """
+
+    @staticmethod
+    def estimate(config: ModelConfig) -> MemoryEstimate:
+        """Return the memory that loading takes at its worst, and afterwards, from headers alone.
+
+        Raises:
+            CheckpointError: (a `ValueError`) The checkpoint is damaged or incomplete.
+            FileNotFoundError: There is no such model.
+            ValueError: Split points, dtype or device don't fit the model or the machine.
+        """
+        if config.model_type == PIPELINE:
+            from splitlearn_manager.client.pipeline import estimate_pipeline  # noqa: PLC0415
+
+            return estimate_pipeline(config)
+        from splitlearn_core.factory import estimate_component  # noqa: PLC0415 - imports torch
+
+        return estimate_component(**_arguments(config))
+
+    @staticmethod
+    def load_from_config(config: ModelConfig, progress: LoadProgress | None = None) -> Any:
+        """Load a model, and run its first forward if the configuration asks for that.
+
+        Raises:
+            Exception: What `estimate` raises, what the first forward raises, and what `progress`
+                raises to end the load.
+        """
+        model = _load(config, progress)
+        if config.warmup:
+            if progress is not None:
+                progress.enter(LoadPhase.WARMING_UP)
+            warm_up(model)
+        level = logging.INFO if config.options.verbose else logging.DEBUG
+        logger.log(level, "model %s was loaded from %s", config.model_id, config.model_path)
+        return model
+
+
+def _load(config: ModelConfig, progress: LoadProgress | None) -> Any:
+    """Return the part, or the pipeline, that a configuration describes."""
+    if config.model_type == PIPELINE:
+        from splitlearn_manager.client.pipeline import load_pipeline  # noqa: PLC0415
+
+        return load_pipeline(config, progress)
+    from splitlearn_core.factory import load_component  # noqa: PLC0415 - imports torch
+
+    return load_component(**_arguments(config), progress=progress)
+
+
+def _arguments(config: ModelConfig) -> dict[str, Any]:
+    """Return the arguments of `load_component` and `estimate_component`."""
+    part = config.part
+    named = config.model_type not in {AUTO, HUGGINGFACE, PYTORCH}
+    return {
+        "model_name_or_path": config.model_path,
+        "component": part.component,
+        "split_points": part.split_points,
+        "model_type": config.model_type if named else AUTO,
+        "device": config.device,
+        "dtype": config.dtype,
+        "cache_dir": part.cache_dir,
+        "revision": part.revision,
+        "allow_empty": part.allow_empty,
+        "mmap": part.mmap,
+    }
+
+
+def warm_up(model: Any) -> None:
+    """Run one forward with an input that fits the part; what it raises is the caller's.
+
+    A Trunk or Top gets a hidden state, `[1, 8, hidden]` zeros of its own dtype; whatever else it
+    is gets token ids, `[1, 8]` zeros (int64).
+    """
+    import torch  # noqa: PLC0415 - the model has imported it
+
+    positions = min(WARM_UP_POSITIONS, model.max_positions or WARM_UP_POSITIONS)
+    takes_hidden = model.component.startswith((TRUNK, TOP))
+    shape = (1, positions, model.hidden_size) if takes_hidden else (1, positions)
+    dtype = model.dtype if takes_hidden else torch.long
+    with torch.no_grad():
+        model(torch.zeros(shape, dtype=dtype, device=model.device))
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What a load brings back.
+
+    Attributes:
+        model: The model.
+        resident_bytes: What its weights were measured to take; `None` if it can't be asked.
+    """
+
+    model: Any
+    resident_bytes: int | None
+
+
+def run_load(loader: Loader, config: ModelConfig, progress: LoadProgress) -> LoadedModel:
+    """Run a whole load in a worker thread.
+
+    Raises:
+        Exception: What `contained` lets through.
+    """
+    with contained(config):
+        progress.enter(LoadPhase.READING)
+        model = loader.load_from_config(config, progress)
+        measure = getattr(model, "resident_bytes", None)
+        return LoadedModel(model, None if measure is None else int(measure()))
+
+
+@contextmanager
+def contained(config: ModelConfig) -> Iterator[None]:
+    """Let a loader's error pass without its frames, which would keep tensors alive.
+
+    Raises:
+        ModelFailedError: The loader raised what is no `Exception`: a load that exits must not end
+            the program that waits for it.
+        Exception: Anything else that it raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        _log_failure(config, error)
+        without_frames(error)
+        raise
+    except BaseException as error:  # noqa: BLE001 - see above
+        raise ModelFailedError(f"the loader ended with {error!r}") from without_frames(error)
+
+
+def _log_failure(config: ModelConfig, error: Exception) -> None:
+    """Log an error's frames as text, before they go; at DEBUG if the error explains itself."""
+    level = logging.DEBUG if isinstance(error, SplitLearnError) else logging.ERROR
+    text = "".join(traceback.format_exception(error))
+    logger.log(level, "loading model %s failed\n%s", config.model_id, text)

@@ -1,0 +1,194 @@
+"""What operators see: Prometheus metrics, and logs as text or as one JSON object per line.
+
+Names are `splitlearn_<noun>_<unit>`, in seconds and bytes; labels have few values: ids of models,
+routes, states, codes, and never anything that a client made up.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import sys
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, Literal
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+
+from splitlearn_manager.core.states import ModelStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from splitlearn_manager.core.entries import ModelInfo
+    from splitlearn_manager.core.events import TransitionEvent
+    from splitlearn_manager.core.resources import ResourceUsage
+
+LogFormat = Literal["text", "json"]
+
+LOAD_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800)
+STEP_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180)
+
+
+class Metrics:
+    """The metrics of one daemon, in a registry of their own.
+
+    What happens is counted when it happens; what *is* (states, memory) is set from snapshots when
+    somebody asks, by `observe_models` and `observe_memory`.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        build = Info("splitlearn_build", "Version of the daemon", registry=self.registry)
+        build.info({"version": version(), "python": platform.python_version()})
+        self._define_models()
+        self._define_sessions()
+        self._define_requests()
+
+    def _define_models(self) -> None:
+        self._state = self._gauge("model_state", "1 for the state of a model", "model", "state")
+        self._load_seconds = self._histogram(
+            "model_load_duration_seconds", "Loads that ended well", LOAD_BUCKETS
+        )
+        self._load_failures = self._counter(
+            "model_load_failures_total", "Loads that failed", "model"
+        )
+        self._capacity = self._gauge("memory_capacity_bytes", "Most to be reserved", "device")
+        self._reserved = self._gauge("memory_reserved_bytes", "Reserved for models", "device")
+
+    def _define_sessions(self) -> None:
+        self._sessions = self._gauge("sessions_open", "Sessions that are open", "model")
+        self._steps = self._counter("session_steps_total", "Steps, by outcome", "model", "code")
+        self._step_seconds = self._histogram(
+            "session_step_duration_seconds", "Steps, waiting included", STEP_BUCKETS, "model"
+        )
+        self._tokens = self._counter(
+            "session_tokens_total", "Positions computed, times rows", "model"
+        )
+
+    def _define_requests(self) -> None:
+        labels = ("route", "method", "code")
+        self._requests = self._counter("requests_total", "HTTP requests", *labels)
+        self._request_seconds = self._histogram(
+            "request_duration_seconds", "HTTP requests", REQUEST_BUCKETS, "route"
+        )
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"splitlearn_{name}", text, labels, registry=self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"splitlearn_{name}", text, labels, registry=self.registry)
+
+    def _histogram(
+        self, name: str, text: str, buckets: tuple[float, ...], *labels: str
+    ) -> Histogram:
+        return Histogram(
+            f"splitlearn_{name}", text, labels, buckets=buckets, registry=self.registry
+        )
+
+    def model_moved(self, event: TransitionEvent) -> None:
+        """Count the end of a load; an observer of the manager's transitions."""
+        if event.old is not ModelStatus.LOADING:
+            return
+        if event.new is ModelStatus.READY:
+            self._load_seconds.observe(event.duration_s)
+        else:
+            self._load_failures.labels(event.model_id).inc()
+
+    def sessions_open(self, model_id: str, change: int) -> None:
+        """Count a session that was opened (1) or has ended (-1)."""
+        self._sessions.labels(model_id).inc(change)
+
+    def session_step(self, model_id: str, code: str, seconds: float, tokens: int) -> None:
+        """Count a step: its outcome (`ok` or an error's code), how long it took, its positions."""
+        self._steps.labels(model_id, code).inc()
+        self._step_seconds.labels(model_id).observe(seconds)
+        self._tokens.labels(model_id).inc(tokens)
+
+    def request(self, route: str, method: str, code: int, seconds: float) -> None:
+        """Count an HTTP request by the route that took it, never by its path."""
+        self._requests.labels(route, method, str(code)).inc()
+        self._request_seconds.labels(route).observe(seconds)
+
+    def observe_models(self, models: Iterable[ModelInfo]) -> None:
+        """Set the states of the models that there are now; those of others disappear."""
+        self._state.clear()
+        for model in models:
+            for status in ModelStatus:
+                self._state.labels(model.model_id, status.value).set(status is model.status)
+
+    def observe_memory(self, usage: ResourceUsage) -> None:
+        """Set what a device has, and what of it is promised."""
+        self._capacity.labels(usage.device).set(usage.capacity_bytes)
+        self._reserved.labels(usage.device).set(usage.reserved_bytes)
+
+    def render(self) -> bytes:
+        """Return all of it in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+def version() -> str:
+    """Return the version of the installed distribution."""
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version("splitlearn")
+    return "unknown"
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per record: ts (UTC), level, logger, message, and what `extra` held."""
+
+    _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {
+        "message",
+        "asctime",
+        "taskName",
+        "color_message",  # uvicorn's own, with escape codes
+    }
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as one line."""
+        moment = datetime.fromtimestamp(record.created, UTC)
+        entry: dict[str, Any] = {
+            "ts": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        extra = {k: v for k, v in vars(record).items() if k not in self._STANDARD}
+        if record.exc_info:
+            extra["exception"] = self.formatException(record.exc_info)
+        return json.dumps(extra | entry, default=str)
+
+
+class _TextFormatter(logging.Formatter):
+    """Time, level and logger before the message."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+
+
+def configure_logging(level: str, format: LogFormat = "text") -> None:  # noqa: A002 - as in YAML
+    """Let the process log to stderr; for whoever owns the process, never for a library.
+
+    Args:
+        level: `debug`, `info`, `warning`, `error` or `critical`.
+        format: `text` for people, `json` for one object per line.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if format == "json" else _TextFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
