@@ -1,0 +1,34 @@
+"""Parts that live elsewhere, and models that are made of them.
+
+The names below are imported when first used, so that reading a configuration does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from splitlearn_manager.client.errors import (
+        RemoteError,
+        RemoteSessionClosed,
+        RemoteUnavailable,
+    )
+    from splitlearn_manager.client.remote import RemoteCache, RemoteTrunk
+
+__all__ = ["RemoteCache", "RemoteError", "RemoteSessionClosed", "RemoteTrunk", "RemoteUnavailable"]
+
+_HOMES = {
+    "RemoteCache": "remote",
+    "RemoteError": "errors",
+    "RemoteSessionClosed": "errors",
+    "RemoteTrunk": "remote",
+    "RemoteUnavailable": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module at its first use (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

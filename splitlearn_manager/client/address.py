@@ -1,0 +1,131 @@
+"""Where a daemon is, and what it says about its models."""
+
+from __future__ import annotations
+
+import json
+import ssl
+from contextlib import closing
+from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from splitlearn_manager.client.errors import RemoteError, RemoteUnavailable
+
+_PORTS = {"http": 80, "https": 443}
+_MAX_BODY = 1 << 20
+_UNAVAILABLE = frozenset({408, 429, 502, 503, 504})
+_CODES = {401: "unauthorized", 403: "forbidden", 404: "model_not_found", 500: "internal"}
+
+
+@dataclass(frozen=True)
+class Address:
+    """A daemon: `http://host:8000`, or `https://…` behind a proxy that speaks TLS.
+
+    Requests go straight to that host: proxies of the environment are not asked, and redirects are
+    not followed, so that hidden states go where the configuration says, or nowhere.
+
+    Attributes:
+        scheme: `http` or `https`.
+        host: Name or address, without brackets.
+        port: Its port.
+        prefix: What stands before `/v2`, for a daemon behind a proxy; `""` usually.
+        token: The bearer token, or `None`.
+    """
+
+    scheme: str
+    host: str
+    port: int
+    prefix: str = ""
+    token: str | None = field(default=None, repr=False)
+
+    @classmethod
+    def parse(cls, url: str, token: str | None = None) -> Address:
+        """Return the address that a URL is.
+
+        Raises:
+            ValueError: It is none, or has parts that an address has not.
+        """
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+            (parts.hostname or "").encode("idna")  # a name that DNS can have
+        except ValueError as error:
+            raise ValueError(f"{url!r} is no address: {error}") from None
+        if parts.scheme not in _PORTS or not parts.hostname or port == 0:
+            raise ValueError(f"{url!r} is no address such as http://host:8000")
+        if parts.username is not None or parts.query or parts.fragment:
+            raise ValueError(f"{url!r} must have nothing but a host, a port and a path")
+        prefix = parts.path.rstrip("/")
+        return cls(parts.scheme, parts.hostname, port or _PORTS[parts.scheme], prefix, token)
+
+    def __str__(self) -> str:
+        """Return the URL."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}{self.prefix}"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What every request carries."""
+        return {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
+
+    @property
+    def tls(self) -> ssl.SSLContext | None:
+        """How to make sure of the server, or `None` for plain HTTP."""
+        return ssl.create_default_context() if self.scheme == "https" else None
+
+    def sessions_url(self, model_id: str) -> str:
+        """Return where a model's sessions are."""
+        path = model_path(model_id)
+        return f"{str(self).replace('http', 'ws', 1)}{path}/sessions"
+
+    def get_json(self, path: str, timeout: float) -> Any:
+        """Return what a path answers.
+
+        Raises:
+            RemoteError: It answers with an error, or not with JSON.
+            RemoteUnavailable: It can't be reached, or not now.
+        """
+        try:
+            with closing(self._connection(timeout)) as connection:
+                connection.request("GET", self.prefix + path, headers=self.headers)
+                response = connection.getresponse()
+                status, body = response.status, response.read(_MAX_BODY)
+        except (OSError, HTTPException) as error:
+            raise self.unreachable(error) from error
+        if status != 200:  # noqa: PLR2004 - OK
+            raise self.refusal(status, body)
+        try:
+            return json.loads(body)
+        except ValueError:
+            raise RemoteError(f"{self}{path} did not answer with JSON", "bad_answer") from None
+
+    def _connection(self, timeout: float) -> HTTPConnection:
+        if self.scheme == "http":
+            return HTTPConnection(self.host, self.port, timeout=timeout)
+        return HTTPSConnection(self.host, self.port, timeout=timeout, context=self.tls)
+
+    def unreachable(self, error: Exception) -> RemoteUnavailable:
+        """Return what to raise where the connection fails."""
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return RemoteUnavailable(f"cannot reach {self}: {reason}")
+
+    def refusal(self, status: int, body: bytes | bytearray) -> RemoteError | RemoteUnavailable:
+        """Return what to raise for an HTTP status that is an error."""
+        message = f"{self} answered {status}: {_error_text(body)}"
+        if status in _UNAVAILABLE:
+            return RemoteUnavailable(message)
+        return RemoteError(message, _CODES.get(status, "bad_request"))
+
+
+def model_path(model_id: str) -> str:
+    """Return the path of a model."""
+    return f"/v2/models/{quote(model_id, safe='')}"
+
+
+def _error_text(body: bytes | bytearray) -> str:
+    """Return the text of an error, or what that it is none tells."""
+    try:
+        return str(json.loads(body)["error"])
+    except (ValueError, KeyError, TypeError):
+        return "no error of a SplitLearn daemon; is there another server at this address?"

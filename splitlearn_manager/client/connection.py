@@ -1,0 +1,315 @@
+"""One WebSocket to the sessions of one model, for threads rather than for asyncio.
+
+Requests take turns: one lock is held from a request to its answer.  What the server says on its own
+account (a session has ended) is read on the way to an answer, and noted for whom it concerns.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+from websockets.exceptions import InvalidHandshake, InvalidStatus
+
+from splitlearn_manager.client.errors import RemoteError, RemoteSessionClosed, RemoteUnavailable
+from splitlearn_manager.client.websocket import WebSocket, WebSocketLost
+from splitlearn_manager.serving.wire import SUBPROTOCOL, Frame, Kind, WireError, decode, encode
+
+if TYPE_CHECKING:
+    from splitlearn_manager.client.address import Address
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT = 10.0
+CLOSE_TIMEOUT = 2.0
+TEND_INTERVAL = 10.0
+"""Seconds between two looks at an idle connection: servers wait 20 and more for a ping's answer."""
+
+
+@dataclass(eq=False)
+class RemoteSession:
+    """A session on the server.
+
+    Attributes:
+        id: Its id there.
+        max_frame_bytes: Longest frame that the server reads, or `None` if it does not say.
+        ended: Why it has ended, once that is known.
+    """
+
+    id: int
+    max_frame_bytes: int | None
+    ended: str | None = None
+
+
+class SessionConnection:
+    """The connection; it is made when it is needed, and made again when it was lost.
+
+    Args:
+        address: The daemon.
+        model_id: The model there.
+        timeout: Seconds to wait for an answer.
+
+    Attributes:
+        bytes_sent: Bytes of frames that went out.
+        bytes_received: Bytes of frames that came in.
+    """
+
+    def __init__(self, address: Address, model_id: str, timeout: float) -> None:
+        self.address = address
+        self.model_id = model_id
+        self.timeout = timeout
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self._turn = threading.Lock()
+        self._requests = itertools.count(1)
+        self._live: set[int] = set()  # sessions of this socket that nobody has closed yet
+        self._sessions: WeakValueDictionary[int, RemoteSession] = WeakValueDictionary()
+        self._socket: WebSocket | None = None
+
+    # --- Sessions --------------------------------------------------------------------------
+
+    def open_session(self) -> RemoteSession:
+        """Open a session.
+
+        Raises:
+            RemoteError: The server refuses.
+            RemoteUnavailable: It can't be reached, does not answer, or has no room now.
+        """
+        with self._turn:
+            self._connect()
+            try:
+                opened = self._ask(Frame(Kind.OPEN), Kind.OPENED)
+            except RemoteSessionClosed as error:
+                raise RemoteUnavailable(str(error)) from error
+            session = RemoteSession(opened.session, opened.info.get("max_frame_bytes"))
+            self._live.add(session.id)
+            self._sessions[session.id] = session
+            return session
+
+    def step(self, session: RemoteSession, frame: Frame) -> Frame:
+        """Run a step, and return its RESULT.
+
+        Raises:
+            RemoteError: The server refused the step, and the session is as it was; or (code
+                `internal`) it failed at it, and the session has ended.
+            RemoteSessionClosed: The session has ended.
+            RemoteUnavailable: No answer came in time; the session is given up.
+            ValueError: The step is longer than the server reads.
+        """
+        with self._turn:
+            if session.ended is not None:
+                raise _closed(session)
+            return self._ask(replace(frame, session=session.id), Kind.RESULT, session)
+
+    def close_session(self, session_id: int) -> None:
+        """Close a session, and wait until it is; where that fails, it is gone or will expire."""
+        with self._turn, suppress(RemoteError, ConnectionError):
+            if session_id in self._live:
+                self._live.discard(session_id)
+                self._ask(Frame(Kind.CLOSE, session=session_id), Kind.CLOSED)
+
+    def tend(self) -> None:
+        """Answer the server's pings, if nobody is using the connection, and if there is one."""
+        if self._turn.acquire(blocking=False):
+            try:
+                if self._socket is not None:
+                    self._socket.tend()
+            except WebSocketLost:
+                self._disconnect("connection_lost")
+            finally:
+                self._turn.release()
+
+    def close(self) -> None:
+        """Close the connection, and with it all sessions."""
+        with self._turn:
+            if self._socket is not None:
+                self._socket.close()
+            self._disconnect("closed")
+
+    # --- One request -----------------------------------------------------------------------
+
+    def _ask(self, frame: Frame, expected: Kind, session: RemoteSession | None = None) -> Frame:
+        """Send a request and return its answer; the caller has the turn."""
+        request = next(self._requests) & 0xFFFFFFFF
+        message = encode(replace(frame, request=request))
+        _check_length(message, session)
+        try:
+            self._send(message)
+            return self._answer(request, expected, session)
+        except WebSocketLost as error:
+            self._disconnect("connection_lost")
+            text = f"the connection to {self.address} was lost: {error}"
+            raise RemoteSessionClosed(text, "connection_lost") from error
+        except TimeoutError:
+            self._give_up(session, "interrupted")
+            text = f"{self.address} did not answer within {self.timeout:g} s"
+            raise RemoteUnavailable(text) from None
+        except (KeyboardInterrupt, SystemExit):
+            self._disconnect("interrupted")  # nobody knows how much of a frame went through
+            raise
+
+    def _answer(self, request: int, expected: Kind, session: RemoteSession | None) -> Frame:
+        """Read until the answer comes; other frames are for others, or came too late."""
+        deadline = time.monotonic() + self.timeout
+        while True:
+            frame = self._receive(deadline - time.monotonic())
+            if frame.kind is Kind.CLOSED:
+                self._note_end(frame)
+            if session is not None and session.ended is not None:
+                raise _closed(session)
+            if frame.request != request:
+                continue
+            if frame.kind is Kind.ERROR:
+                raise self._refused(frame)
+            if frame.kind is not expected:
+                raise self._bad_answer(f"{frame.kind.name} instead of {expected.name}")
+            return frame
+
+    def _send(self, message: bytes) -> None:
+        self._connected().send(message)
+        self.bytes_sent += len(message)
+
+    def _receive(self, timeout: float) -> Frame:
+        message = self._connected().receive(timeout)
+        self.bytes_received += len(message)
+        try:
+            return decode(message)
+        except WireError as error:
+            raise self._bad_answer(str(error)) from error
+
+    def _refused(self, frame: Frame) -> RemoteError | RemoteUnavailable:
+        """Return what to raise for an ERROR."""
+        code, message = str(frame.info.get("code")), str(frame.info.get("message"))
+        text = f"{self.address} refused: {message}"
+        if code in {"too_many_sessions", "model_unavailable", "draining"}:
+            return RemoteUnavailable(text)
+        return RemoteError(text, code)
+
+    def _bad_answer(self, found: str) -> RemoteError:
+        """Give up a connection on which the other side makes no sense."""
+        self._disconnect("connection_lost")
+        return RemoteError(f"{self.address} answered with {found}", "bad_answer")
+
+    def _note_end(self, frame: Frame) -> None:
+        """Take down that a session has ended."""
+        self._live.discard(frame.session)
+        session = self._sessions.pop(frame.session, None)
+        if session is not None:
+            session.ended = str(frame.info.get("reason"))
+
+    def _give_up(self, session: RemoteSession | None, reason: str) -> None:
+        """Let a session end of which nobody knows any more how far it is."""
+        if session is None:
+            return
+        session.ended = reason
+        self._live.discard(session.id)
+        with suppress(WebSocketLost):  # the answer is dropped when it comes
+            self._send(encode(Frame(Kind.CLOSE, session=session.id)))
+
+    # --- The socket ------------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        """Make the connection, unless there is one that works."""
+        if self._socket is not None and self._socket.is_open:
+            return
+        self._disconnect("connection_lost")
+        address = self.address
+        try:
+            self._socket = WebSocket(
+                socket.create_connection((address.host, address.port), CONNECT_TIMEOUT),
+                address.sessions_url(self.model_id),
+                subprotocol=SUBPROTOCOL,
+                headers=address.headers,
+                tls=address.tls,
+                handshake_timeout=CONNECT_TIMEOUT,
+                send_timeout=self.timeout,
+            )
+        except InvalidStatus as error:
+            response = error.response
+            raise address.refusal(response.status_code, response.body or b"") from error
+        except (OSError, InvalidHandshake, WebSocketLost) as error:
+            raise address.unreachable(error) from error
+
+    def _connected(self) -> WebSocket:
+        """Return the socket; the connection can have been lost a request ago."""
+        if self._socket is None:
+            raise WebSocketLost("there is none")
+        return self._socket
+
+    def _disconnect(self, reason: str) -> None:
+        """Drop the socket; every session on it has ended."""
+        for session in list(self._sessions.values()):
+            session.ended = reason
+        self._sessions.clear()
+        self._live.clear()
+        if self._socket is not None:
+            self._socket.drop()
+        self._socket = None
+
+
+class Attendant:
+    """Looks after a connection while nobody uses it, from a thread of its own.
+
+    It answers pings, and closes sessions that the garbage collector found.  The collector runs
+    anywhere, also in the middle of a request, so a finaliser may do no more than put a number into
+    a queue.
+    """
+
+    def __init__(self, connection: SessionConnection) -> None:
+        self._abandoned: SimpleQueue[int | None] = SimpleQueue()
+        self._thread = threading.Thread(
+            target=_attend,
+            args=(connection, self._abandoned),
+            name="splitlearn-remote-attendant",
+            daemon=True,
+        )
+        self._thread.start()
+
+    @property
+    def abandon(self) -> Callable[[int | None], None]:
+        """Takes the id of a session to close; `None` closes the connection and ends the thread."""
+        return self._abandoned.put
+
+    def end(self) -> None:
+        """Close the connection, and wait for the thread to end."""
+        self._abandoned.put(None)
+        self._thread.join(CLOSE_TIMEOUT)
+
+
+def _attend(connection: SessionConnection, abandoned: SimpleQueue[int | None]) -> None:
+    while True:
+        try:
+            session_id = abandoned.get(timeout=TEND_INTERVAL)
+        except Empty:
+            connection.tend()
+            continue
+        if session_id is None:
+            break
+        connection.close_session(session_id)
+    connection.close()
+
+
+def _closed(session: RemoteSession) -> RemoteSessionClosed:
+    reason = session.ended or "closed"
+    return RemoteSessionClosed(
+        f"session {session.id:#010x} has ended ({reason}); begin again with a new cache", reason
+    )
+
+
+def _check_length(message: bytes, session: RemoteSession | None) -> None:
+    """Refuse here what the server would answer by closing the connection."""
+    limit = None if session is None else session.max_frame_bytes
+    if limit is not None and len(message) > limit:
+        raise ValueError(
+            f"the step takes {len(message)} bytes, and the server reads {limit} at once; send"
+            " fewer positions or rows"
+        )

@@ -1,0 +1,197 @@
+"""A model whose Bottom and Top are here and whose Trunk is elsewhere, loaded as one model."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from splitlearn_core import SplitCausalLM
+from splitlearn_core.factory import estimate_component, load_component
+from splitlearn_core.plan import BOTTOM, TOP
+from splitlearn_core.quickstart import load_tokenizer
+from splitlearn_manager.client.remote import RemoteError, RemoteTrunk, RemoteUnavailable
+from splitlearn_manager.config.secrets import read_token
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from splitlearn_core import SplitModel
+    from splitlearn_core.estimate import MemoryEstimate
+    from splitlearn_manager.config.model_config import ModelConfig
+    from splitlearn_manager.config.options import TrunkLink
+
+    Progress = Callable[[int, int], None]
+
+logger = logging.getLogger(__name__)
+
+
+class Pipeline:
+    """Bottom and Top of a model, the remote Trunks between them, and the tokenizer.
+
+    Attributes:
+        model: The chain, with transformers' `generate`.
+        tokenizer: The model's own, or `None` where its folder has none.
+        trunks: The remote parts, in the order of their layers.
+    """
+
+    component = "pipeline"
+
+    def __init__(self, model: SplitCausalLM, tokenizer: Any, trunks: list[RemoteTrunk]) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.trunks = trunks
+
+    @property
+    def start_layer(self) -> int:
+        """First layer of the model."""
+        return self.model.bottom.start_layer
+
+    @property
+    def end_layer(self) -> int:
+        """One past the last layer of the model."""
+        return self.model.top.end_layer
+
+    @property
+    def config(self) -> Any:
+        """The whole model's Hugging Face config."""
+        return self.model.config
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the whole model."""
+        return self.model.top.num_layers
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden state."""
+        return self.model.top.hidden_size
+
+    @property
+    def max_positions(self) -> int | None:
+        """Positions that the model was made for."""
+        return self.model.top.max_positions
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that are here."""
+        return self.model.bottom.nbytes + self.model.top.nbytes
+
+    def num_parameters(self) -> int:
+        """Return the number of weights that are here."""
+        return self.model.bottom.num_parameters() + self.model.top.num_parameters()
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the weights that are here."""
+        return self.model.dtype
+
+    @property
+    def device(self) -> Any:
+        """Device of Bottom."""
+        return self.model.device
+
+    def resident_bytes(self) -> int:
+        """Return what the weights that are here take."""
+        return self.model.bottom.resident_bytes() + self.model.top.resident_bytes()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the chain's forward."""
+        return self.model(*args, **kwargs)
+
+    def close(self) -> None:
+        """End the sessions and connections to the Trunks."""
+        for trunk in self.trunks:
+            trunk.close()
+
+
+def load_pipeline(config: ModelConfig, progress: Progress | None = None) -> Pipeline:
+    """Load Bottom and Top, and reach the Trunks.
+
+    Raises:
+        RemoteUnavailable: (a `ConnectionError`) None of a Trunk's addresses answers.
+        ValueError: A Trunk has other layers or another dtype than the ends that are here.
+    """
+    options = config.pipeline
+    token = read_token(options.token_file, options.token_env)
+    with ExitStack() as undo:
+        trunks = []
+        for link in options.links:
+            trunks.append(_reach(link, token))
+            undo.callback(trunks[-1].close)
+        bottom, top = (_load_end(config, name, progress) for name in (BOTTOM, TOP))
+        model = SplitCausalLM(bottom, trunks, top)
+        _check_dtypes(model, trunks)
+        tokenizer = load_tokenizer(
+            config.model_path, cache_dir=options.cache_dir, revision=options.revision
+        )
+        undo.pop_all()
+    return Pipeline(model, tokenizer, trunks)
+
+
+def estimate_pipeline(config: ModelConfig) -> MemoryEstimate:
+    """Return what the parts that are here will need."""
+    options = config.pipeline
+    bottom, top = (
+        estimate_component(
+            config.model_path,
+            name,
+            options.split_points,
+            device=config.device,
+            dtype=config.dtype,
+            cache_dir=options.cache_dir,
+            revision=options.revision,
+            allow_empty=options.allow_empty,
+            mmap=options.mmap,
+        )
+        for name in (BOTTOM, TOP)
+    )
+    return bottom + top
+
+
+def _load_end(config: ModelConfig, name: str, progress: Progress | None) -> SplitModel:
+    """Load Bottom or Top."""
+    options = config.pipeline
+    return load_component(
+        config.model_path,
+        name,
+        options.split_points,
+        device=config.device,
+        dtype=config.dtype,
+        cache_dir=options.cache_dir,
+        revision=options.revision,
+        allow_empty=options.allow_empty,
+        mmap=options.mmap,
+        progress=progress,
+    )
+
+
+def _reach(link: TrunkLink, token: str | None) -> RemoteTrunk:
+    """Return the Trunk at the first address that has it."""
+    failures: list[str] = []
+    for address in link.trunk:
+        trunk = RemoteTrunk(address, link.trunk_model_id, token=token)
+        try:
+            logger.info(
+                "%s at %s has the layers [%d, %d)",
+                link.trunk_model_id,
+                address,
+                trunk.start_layer,
+                trunk.end_layer,
+            )
+        except (RemoteError, RemoteUnavailable) as error:
+            trunk.close()
+            failures.append(str(error))
+        else:
+            return trunk
+    raise RemoteUnavailable("; ".join(failures))
+
+
+def _check_dtypes(model: SplitCausalLM, trunks: list[RemoteTrunk]) -> None:
+    """Refuse a Trunk that computes in another dtype than the ends that are here."""
+    for trunk in trunks:
+        if trunk.dtype != model.dtype:
+            raise ValueError(
+                f"{trunk.model_id} at {trunk.url} computes in {trunk.dtype}, Bottom and Top here in"
+                f" {model.dtype}: give both the same dtype"
+            )

@@ -1,0 +1,433 @@
+"""A Trunk that lives on a server, and stands where a local one would."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from contextlib import ExitStack, closing
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from splitlearn_core.errors import CacheMismatchError
+from splitlearn_manager.client.address import Address, model_path
+from splitlearn_manager.client.connection import (
+    CONNECT_TIMEOUT,
+    Attendant,
+    RemoteSession,
+    SessionConnection,
+)
+from splitlearn_manager.client.errors import RemoteError, RemoteSessionClosed, RemoteUnavailable
+from splitlearn_manager.serving.tensors import tensor_from_wire, tensor_to_wire
+from splitlearn_manager.serving.wire import Frame, Kind, TensorName
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from splitlearn_manager.serving.wire import WireTensor
+
+__all__ = ["RemoteCache", "RemoteError", "RemoteSessionClosed", "RemoteTrunk", "RemoteUnavailable"]
+
+TIMEOUT = 120.0
+"""Seconds to wait for a step: a long prompt on a slow machine takes its time."""
+
+
+class RemoteTrunk:
+    """A Trunk on a daemon.
+
+        with RemoteTrunk("http://host:8000", "trunk") as trunk:
+            model = SplitCausalLM(bottom, trunk, top)
+            model.generate(...)
+
+    What goes over the network is hidden states and masks; KV caches stay on the server.  Gradients
+    don't cross it: a forward through it works, a backward raises.
+
+    Making one does not connect; the first use does.  It may be used from several threads, which
+    then take turns: for steps beside each other, make one for each thread.
+
+    Args:
+        url: The daemon's address; `http` or `https`.
+        model_id: The Trunk's id there.
+        token: Bearer token, if the daemon asks for one.
+        timeout: Seconds to wait for a step.
+
+    Raises:
+        ValueError: `url` is no address.
+    """
+
+    def __init__(
+        self, url: str, model_id: str, token: str | None = None, timeout: float = TIMEOUT
+    ) -> None:
+        self._address = Address.parse(url, token)
+        self.model_id = model_id
+        self._connection = SessionConnection(self._address, model_id, timeout)
+        self._lock = threading.Lock()
+        self._facts: dict[str, str] | None = None
+        self._attendant: Attendant | None = None
+        self._closed = False
+
+    # --- What it is ------------------------------------------------------------------------
+
+    @property
+    def url(self) -> str:
+        """The daemon's address."""
+        return str(self._address)
+
+    @property
+    def component(self) -> str:
+        """Which part it is: `trunk`, or `trunk-0`, `trunk-1`, … where there are several."""
+        return self._fact("component")
+
+    @property
+    def start_layer(self) -> int:
+        """First layer of the part."""
+        return int(self._fact("start_layer"))
+
+    @property
+    def end_layer(self) -> int:
+        """One past the last layer of the part."""
+        return int(self._fact("end_layer"))
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the whole model."""
+        return int(self._fact("num_layers"))
+
+    @property
+    def hidden_size(self) -> int:
+        """Size of a hidden state."""
+        return int(self._fact("hidden_size"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights, and of the hidden states that it takes and gives."""
+        dtype: torch.dtype = getattr(torch, self._fact("dtype"))
+        return dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights, on the server."""
+        return int(self._fact("nbytes"))
+
+    def num_parameters(self) -> int:
+        """Return the number of weights, on the server."""
+        return int(self._fact("num_parameters"))
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of frames that went out so far."""
+        return self._connection.bytes_sent
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes of frames that came in so far."""
+        return self._connection.bytes_received
+
+    def _fact(self, name: str) -> str:
+        """Return a fact about the part, which the server is asked for once.
+
+        Raises:
+            RemoteError: There is no such model (lists those there are), or it is no Trunk.
+            RemoteUnavailable: The server can't be reached, or the model is not ready.
+        """
+        with self._lock:
+            if self._facts is None:
+                self._facts = self._ask_for_facts()
+        try:
+            return self._facts[name]
+        except KeyError:
+            text = f"{self.url} does not say the {name} of {self.model_id!r}"
+            raise RemoteError(text, "bad_answer") from None
+
+    def _ask_for_facts(self) -> dict[str, str]:
+        """Return what the server says about the part."""
+        answer = self._address.get_json(model_path(self.model_id), CONNECT_TIMEOUT)
+        facts = answer.get("properties") if isinstance(answer, dict) else None
+        if not isinstance(facts, dict):
+            text = f"{self.url} is no SplitLearn daemon: it tells no properties of its models"
+            raise RemoteError(text, "bad_answer")
+        component = str(facts.get("component"))
+        if component != "trunk" and not component.startswith("trunk-"):
+            text = f"{self.model_id!r} at {self.url} is {component!r}, and a Trunk is needed"
+            raise RemoteError(text, "unsupported_component")
+        return {str(name): str(fact) for name, fact in facts.items()}
+
+    # --- What it does ----------------------------------------------------------------------
+
+    def new_cache(self) -> RemoteCache:
+        """Return an empty cache: a session on the server, from its first step on."""
+        return RemoteCache(self)
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: RemoteCache | None = None,
+        use_cache: bool | None = None,
+    ) -> torch.Tensor:
+        """Run the part.
+
+        Args:
+            hidden_states: [batch, new, hidden] in the part's dtype, on any device.
+            attention_mask: int64 [batch, past + new], 0 for padding.  What was sent with earlier
+                steps can't change.
+            position_ids: int64 [batch, new]; counted from the cache's length when left out.
+            past_key_values: From this part's `new_cache()`; filled in place.  Without one, the
+                step has a session of its own.
+            use_cache: As for a local part: a cache that is given is filled, and none is returned.
+
+        Returns:
+            The hidden states [batch, new, hidden], with dtype and device of those that came.
+
+        Raises:
+            CacheMismatchError: (a `ValueError`) The cache is another part's, or `use_cache=True`
+                without one.
+            RemoteError: The server refused the step, or failed at it.
+            RemoteSessionClosed: (a `ConnectionError`) The cache on the server is gone.
+            RemoteUnavailable: (a `ConnectionError`) The server can't be reached, or not now.
+            ValueError: Shapes or dtypes don't fit, the mask changes what was sent, or sequences are
+                packed.
+        """
+        self._check_cache(past_key_values, use_cache)
+        if use_cache is False and past_key_values is None and attention_mask is None:
+            _check_not_packed(position_ids)
+        run = partial(
+            self._run, cache=past_key_values, mask=attention_mask, position_ids=position_ids
+        )
+        if hidden_states.requires_grad and torch.is_grad_enabled():
+            crossed: torch.Tensor = _OneWay.apply(hidden_states, run)  # type: ignore[no-untyped-call]
+            return crossed
+        return run(hidden_states)
+
+    def _check_cache(self, cache: RemoteCache | None, use_cache: bool | None) -> None:
+        """Refuse a cache that this part can't fill, or a wish that it can't meet."""
+        if cache is None:
+            if use_cache:
+                raise CacheMismatchError("use_cache=True needs past_key_values=trunk.new_cache()")
+        elif not isinstance(cache, RemoteCache) or cache.trunk is not self:
+            raise CacheMismatchError(
+                f"the cache is not of this RemoteTrunk's new_cache(), found {type(cache).__name__}"
+            )
+
+    def _run(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        cache: RemoteCache | None,
+        mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Run one step, in the cache's session or in one of its own."""
+        self._check_hidden(hidden_states)
+        with ExitStack() as stack:
+            if cache is None:
+                cache = stack.enter_context(closing(self.new_cache()))
+            return cache.step(hidden_states, mask, position_ids).to(hidden_states.device)
+
+    def _check_hidden(self, hidden_states: torch.Tensor) -> None:
+        """Refuse what is not the hidden state of this model, before it travels."""
+        shape = list(hidden_states.shape)
+        if len(shape) != 3 or shape[2] != self.hidden_size or 0 in shape:  # noqa: PLR2004
+            raise ValueError(
+                f"hidden_states must be [batch, new, {self.hidden_size}], found {shape}"
+            )
+        if hidden_states.dtype is not self.dtype:
+            raise ValueError(
+                f"hidden_states are {hidden_states.dtype}, and {self.model_id!r} at {self.url}"
+                f" computes in {self.dtype}: load Bottom and Top in the same dtype"
+            )
+
+    # --- Its sessions ----------------------------------------------------------------------
+
+    def _open_session(self) -> RemoteSession:
+        """Open a session, which is closed when nobody refers to it any more."""
+        with self._lock:
+            self._refuse_if_closed()
+            if self._attendant is None:
+                self._attendant = Attendant(self._connection)
+                weakref.finalize(self, self._attendant.abandon, None).atexit = False
+            attendant = self._attendant
+        session = self._connection.open_session()
+        if self._closed:  # meanwhile, and perhaps before the session's connection was made
+            self._connection.close()
+        self._refuse_if_closed()
+        weakref.finalize(session, attendant.abandon, session.id).atexit = False
+        return session
+
+    def _refuse_if_closed(self) -> None:
+        """Raise if the part was closed."""
+        if self._closed:
+            raise RuntimeError(f"this RemoteTrunk ({self.url}) was closed")
+
+    def _close_session(self, session: RemoteSession) -> None:
+        """Close a session, if it has not ended."""
+        if session.ended is None:
+            self._connection.close_session(session.id)
+            session.ended = "closed"
+
+    def close(self) -> None:
+        """Close the connection, and with it every session; using the part again raises."""
+        with self._lock:
+            self._closed = True
+            attendant, self._attendant = self._attendant, None
+        if attendant is not None:
+            attendant.end()
+
+    def __enter__(self) -> Self:
+        """Return the part itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Name the model and where it is."""
+        return f"RemoteTrunk({self.url!r}, {self.model_id!r})"
+
+
+class RemoteCache:
+    """What stands here for a KV cache on the server: its length, and the mask that was sent.
+
+    The session begins with the first step, and ends with `close`, or when this object is collected.
+
+    Attributes:
+        trunk: The part whose cache it is.
+    """
+
+    def __init__(self, trunk: RemoteTrunk) -> None:
+        self.trunk = trunk
+        self._session: RemoteSession | None = None
+        self._length = 0
+        self._batch: int | None = None
+        self._mask: torch.Tensor | None = None  # bool [batch, length]; None while it is all ones
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return how many positions are in the cache."""
+        del layer_idx
+        return self._length
+
+    def step(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Run a step, and count its positions; `RemoteTrunk.__call__` tells the rest."""
+        batch, new = hidden_states.shape[:2]
+        if self._batch not in {None, batch}:
+            raise ValueError(f"the cache has {self._batch} rows, found {batch}")
+        mask = self._whole_mask(attention_mask, batch, new)
+        tensors = [tensor_to_wire(TensorName.HIDDEN_STATES, hidden_states)]
+        if mask is not None:
+            columns = mask[:, self._length :]
+            tensors.append(tensor_to_wire(TensorName.ATTENTION_MASK, columns))
+        if position_ids is not None:
+            tensors += self._positions(position_ids, batch, new, masked=mask is not None)
+        answer = self._send(tuple(tensors))
+        result = tensor_from_wire(_result_of(answer, tensors[0]))
+        self._length, self._batch, self._mask = self._length + new, batch, mask
+        return result
+
+    def _send(self, tensors: tuple[WireTensor, ...]) -> Frame:
+        """Run a step in the session, beginning it if there is none yet."""
+        if self._session is None:
+            self._session = self.trunk._open_session()  # noqa: SLF001 - two halves of one thing
+        frame = Frame(Kind.STEP, position=self._length, tensors=tensors)
+        return self.trunk._connection.step(self._session, frame)  # noqa: SLF001
+
+    def _whole_mask(self, given: torch.Tensor | None, batch: int, new: int) -> torch.Tensor | None:
+        """Return the mask of all positions, or `None` while it is all ones.
+
+        Raises:
+            ValueError: It is not [batch, past + new], or other than before.
+        """
+        shape = (batch, self._length + new)
+        if given is None:
+            mask = torch.ones(shape, dtype=torch.bool)
+        elif tuple(given.shape) != shape:
+            raise ValueError(
+                f"attention_mask must be [batch, past + new], here {list(shape)}, found"
+                f" {list(given.shape)}"
+            )
+        else:
+            mask = given.detach().cpu().ne(0)
+        before = mask[:, : self._length]
+        if not (before.all() if self._mask is None else torch.equal(before, self._mask)):
+            raise ValueError(
+                "attention_mask changes positions that are in the cache; what was sent to a"
+                " server can't change, so begin again with a new cache"
+            )
+        return None if self._mask is None and bool(mask.all()) else mask
+
+    def _positions(
+        self, given: torch.Tensor, batch: int, new: int, *, masked: bool
+    ) -> list[WireTensor]:
+        """Return the position ids to send: none where the server counts the same by itself."""
+        if given.shape not in {(batch, new), (1, new)}:
+            raise ValueError(
+                f"position_ids must be [batch, new], here {[batch, new]}, found {list(given.shape)}"
+            )
+        ids = given.detach().cpu().to(torch.int64).expand(batch, new)
+        counted = torch.arange(self._length, self._length + new)
+        if not masked and bool((ids == counted).all()):
+            return []
+        return [tensor_to_wire(TensorName.POSITION_IDS, ids)]
+
+    def reset(self) -> None:
+        """Forget all positions; the next step begins a new session."""
+        self.close()
+        self._session, self._length, self._batch, self._mask = None, 0, None, None
+
+    def close(self) -> None:
+        """End the session.  A further step raises `RemoteSessionClosed`."""
+        if self._session is not None:
+            self.trunk._close_session(self._session)  # noqa: SLF001
+
+    def __repr__(self) -> str:
+        """Say how long it is, and where."""
+        return f"RemoteCache({self._length} positions at {self.trunk.url})"
+
+
+class _OneWay(torch.autograd.Function):
+    """A forward that leaves the graph, and says so when somebody goes back through it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_states: torch.Tensor, run: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Run the step."""
+        del ctx
+        return run(hidden_states)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """Refuse."""
+        del ctx, gradients
+        raise RuntimeError(
+            "gradients do not cross a RemoteTrunk: train what comes after it, or load the Trunk"
+            " in this process"
+        )
+
+
+def _check_not_packed(position_ids: torch.Tensor | None) -> None:
+    """Refuse several sequences in one row, which transformers tells apart where no cache is kept.
+
+    A server always keeps one, and would let them see each other.
+    """
+    if position_ids is not None and bool((position_ids.diff(dim=-1) != 1).any()):
+        raise ValueError(
+            "position_ids begin again within a row: a RemoteTrunk does not keep packed sequences"
+            " apart; give each a row of its own, with an attention_mask"
+        )
+
+
+def _result_of(answer: Frame, sent: WireTensor) -> WireTensor:
+    """Return the hidden states of a RESULT, which have the form of those that were sent."""
+    result = answer.tensor(TensorName.HIDDEN_STATES)
+    if result is None or (result.dtype, result.shape) != (sent.dtype, sent.shape):
+        raise RemoteError("the server's answer has not the form of the step", "bad_answer")
+    return result

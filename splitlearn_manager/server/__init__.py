@@ -1,0 +1,1 @@
+"""The daemon: HTTP and WebSocket over one manager."""

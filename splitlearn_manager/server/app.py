@@ -1,0 +1,114 @@
+"""The daemon's HTTP application: its routes, and what every request passes."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.responses import Response
+from starlette.routing import Route
+
+from splitlearn_manager.errors import ManagerError
+from splitlearn_manager.server.oip import OpenInferenceRoutes
+from splitlearn_manager.server.request_context import REQUEST_ID, RequestContextMiddleware
+from splitlearn_manager.server.responses import error_response, manager_error_response
+from splitlearn_manager.server.security import AccessPolicy, SecurityMiddleware
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from starlette.requests import Request
+    from starlette.types import Receive, Scope, Send
+
+    from splitlearn_manager.core.async_model_manager import AsyncModelManager
+    from splitlearn_manager.observability import Metrics
+    from splitlearn_manager.server.readiness import Readiness
+    from splitlearn_manager.server.sessions_ws import SessionEndpoint
+
+logger = logging.getLogger(__name__)
+
+
+def build_app(
+    manager: AsyncModelManager,
+    *,
+    policy: AccessPolicy,
+    sessions: SessionEndpoint,
+    readiness: Readiness,
+    metrics: Metrics,
+) -> Starlette:
+    """Return the application, which any ASGI server can run.
+
+    Args:
+        manager: Whose models are served.
+        policy: What a request has to show.
+        sessions: The endpoint of sessions.
+        readiness: What the readiness probe is told.
+        metrics: Where requests are counted, and what `/metrics` shows.
+    """
+    app = Starlette(
+        routes=[
+            *OpenInferenceRoutes(manager, readiness).routes(),
+            *sessions.routes(),
+            Route("/metrics", _metrics_route(manager, metrics), methods=["GET"]),
+        ],
+        middleware=[
+            Middleware(RequestContextMiddleware, metrics=metrics),
+            Middleware(SecurityMiddleware, policy=policy),
+        ],
+        exception_handlers={
+            HTTPException: _http_error,
+            ManagerError: _manager_error,
+            Exception: _unexpected_error,
+        },
+    )
+    app.router.redirect_slashes = False  # one path for one thing
+    app.router.default = _not_found
+    return app
+
+
+def _metrics_route(
+    manager: AsyncModelManager, metrics: Metrics
+) -> Callable[[Request], Awaitable[Response]]:
+    async def show(request: Request) -> Response:
+        """Show the metrics, with states and memory as they are now."""
+        del request
+        metrics.observe_models(await manager.list_models())
+        for device in manager.resource_manager.devices():
+            metrics.observe_memory(manager.resource_manager.get_current_usage(device))
+        return Response(metrics.render(), media_type="text/plain; version=1.0.0; charset=utf-8")
+
+    return show
+
+
+async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
+    """Refuse a path that nothing here has, for requests and WebSockets alike."""
+    del receive, send
+    raise HTTPException(404, f"there is nothing at {scope['path']}")
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Answer an error of the routing: an unknown path, a wrong method, a bad body."""
+    del request
+    if not isinstance(error, HTTPException):
+        raise error
+    return error_response(error.status_code, error.detail, error.headers)
+
+
+async def _manager_error(request: Request, error: Exception) -> Response:
+    """Answer an error of ours as it asks to be answered."""
+    del request
+    if not isinstance(error, ManagerError):
+        raise error
+    return manager_error_response(error)
+
+
+async def _unexpected_error(request: Request, error: Exception) -> Response:
+    """Answer a bug: details are for the log, under the id that the client gets."""
+    request_id = request.scope["state"]["request_id"]
+    logger.error("request %s failed: %r", request_id, error)
+    return error_response(
+        500, f"internal error; the log has it as request {request_id}", {REQUEST_ID: request_id}
+    )

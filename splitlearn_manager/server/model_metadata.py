@@ -1,0 +1,76 @@
+"""What a loaded model takes and gives, in the words of the Open Inference Protocol."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MODEL_VERSION = "1"
+PLATFORM = "splitlearn_safetensors"
+
+_DATATYPES = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16", "float64": "FP64"}
+_ANY = -1
+
+
+def describe(model_id: str, model: Any) -> dict[str, Any]:
+    """Return the metadata of a model: names, datatypes and shapes, -1 where they vary."""
+    component = component_of(model)
+    return {
+        "name": model_id,
+        "versions": [MODEL_VERSION],
+        "platform": PLATFORM,
+        "inputs": [_input(component, model), _mask()],
+        "outputs": [_output(component, model)],
+        "properties": properties(model),
+    }
+
+
+def component_of(model: Any) -> str:
+    """Return `bottom`, `trunk`, …, `full`; a model whose parts are in several places has none."""
+    return getattr(model, "component", "pipeline")
+
+
+def properties(model: Any) -> dict[str, str]:
+    """Return the facts that a client checks before it relies on a model, all of them as text."""
+    facts = {
+        "component": component_of(model),
+        "model_type": model.config.model_type,
+        "start_layer": getattr(model, "start_layer", None),
+        "end_layer": getattr(model, "end_layer", None),
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "max_positions": model.max_positions,
+        "dtype": _dtype(model),
+        "device": str(model.device),
+        "num_parameters": model.num_parameters(),
+        "nbytes": getattr(model, "nbytes", None),
+    }
+    return {name: str(fact) for name, fact in facts.items() if fact is not None}
+
+
+def _input(component: str, model: Any) -> dict[str, Any]:
+    """Return the one positional input."""
+    if component == "top" or component.startswith("trunk"):
+        return _hidden_states(model)
+    return {"name": "input_ids", "datatype": "INT64", "shape": [_ANY, _ANY]}
+
+
+def _output(component: str, model: Any) -> dict[str, Any]:
+    """Return the one output."""
+    if component == "bottom" or component.startswith("trunk"):
+        return _hidden_states(model)
+    shape = [_ANY, _ANY, model.config.get_text_config(decoder=True).vocab_size]
+    return {"name": "logits", "datatype": _DATATYPES[_dtype(model)], "shape": shape}
+
+
+def _hidden_states(model: Any) -> dict[str, Any]:
+    shape = [_ANY, _ANY, model.hidden_size]
+    return {"name": "hidden_states", "datatype": _DATATYPES[_dtype(model)], "shape": shape}
+
+
+def _mask() -> dict[str, Any]:
+    shape = [_ANY, _ANY]
+    return {"name": "attention_mask", "datatype": "INT64", "shape": shape, "optional": True}
+
+
+def _dtype(model: Any) -> str:
+    return str(model.dtype).removeprefix("torch.")

@@ -1,0 +1,154 @@
+"""The Open Inference Protocol v2: health, metadata, repository index.
+
+Source: github.com/kserve/open-inference-protocol, specification/protocol/inference_rest.md, and
+for the index Triton's model repository extension.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from splitlearn_manager.core.states import ModelStatus
+from splitlearn_manager.errors import ModelLoadingError
+from splitlearn_manager.observability import version
+from splitlearn_manager.server.model_metadata import MODEL_VERSION, describe
+from splitlearn_manager.server.readiness import why_not_ready
+from splitlearn_manager.server.responses import error_response
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    from splitlearn_manager.core.async_model_manager import AsyncModelManager
+    from splitlearn_manager.core.entries import ModelInfo
+    from splitlearn_manager.server.readiness import Readiness
+
+MAX_JSON_BYTES = 64 * 1024
+"""Longest body that is read as JSON; real ones are a few bytes."""
+
+EXTENSIONS = ["splitlearn_sessions"]
+
+_INDEX_STATES = {
+    ModelStatus.LOADING: "LOADING",
+    ModelStatus.READY: "READY",
+    ModelStatus.UNLOADING: "UNLOADING",
+    ModelStatus.FAILED: "UNAVAILABLE",
+}
+
+
+class OpenInferenceRoutes:
+    """The routes, over one manager."""
+
+    def __init__(self, manager: AsyncModelManager, readiness: Readiness) -> None:
+        self._manager = manager
+        self._readiness = readiness
+
+    def routes(self) -> list[Route]:
+        """Return the routes, each with its methods."""
+        model = "/v2/models/{model}"
+        versioned = model + "/versions/{version}"
+        return [
+            Route("/v2", self.server_metadata, methods=["GET"]),
+            Route("/v2/health/live", self.live, methods=["GET"]),
+            Route("/v2/health/ready", self.ready, methods=["GET"]),
+            Route(model, self.model_metadata, methods=["GET"]),
+            Route(f"{model}/ready", self.model_ready, methods=["GET"]),
+            Route(versioned, self.model_metadata, methods=["GET"]),
+            Route(f"{versioned}/ready", self.model_ready, methods=["GET"]),
+            Route("/v2/repository/index", self.repository_index, methods=["POST"]),
+        ]
+
+    async def live(self, request: Request) -> Response:
+        """Answer as long as the event loop runs, whatever the models do."""
+        del request
+        return JSONResponse({"live": True})
+
+    async def ready(self, request: Request) -> Response:
+        """Say whether to send work here; 503 and the reason if not."""
+        del request
+        problem = await self._readiness.problem()
+        if problem is None:
+            return JSONResponse({"ready": True})
+        return JSONResponse({"ready": False, "error": problem}, status_code=503)
+
+    async def server_metadata(self, request: Request) -> Response:
+        """Say who this is."""
+        del request
+        return JSONResponse({"name": "splitlearn", "version": version(), "extensions": EXTENSIONS})
+
+    async def model_metadata(self, request: Request) -> Response:
+        """Say what a model takes and gives."""
+        model_id = _model_id(request)
+        managed = await self._manager.get_model(model_id)
+        if managed is None:
+            raise ModelLoadingError(why_not_ready(await self._manager.get_model_info(model_id)))
+        return JSONResponse(describe(model_id, managed.model))
+
+    async def model_ready(self, request: Request) -> Response:
+        """Say whether a model can be used; 503 and the reason if not."""
+        model = await self._manager.get_model_info(_model_id(request))
+        if model.status is ModelStatus.READY:
+            return JSONResponse({"name": model.model_id, "ready": True})
+        body = {"name": model.model_id, "ready": False, "error": why_not_ready(model)}
+        return JSONResponse(body, status_code=503)
+
+    async def repository_index(self, request: Request) -> Response:
+        """List every model with its state, or with `{"ready": true}` those that can be used."""
+        body = await _json_object(request)
+        only_ready = body.get("ready", False)
+        if not isinstance(only_ready, bool):
+            return error_response(400, f'"ready" must be true or false, found {only_ready!r}')
+        models = await self._manager.list_models()
+        return JSONResponse(
+            [
+                _index_entry(model)
+                for model in models
+                if not only_ready or model.status is ModelStatus.READY
+            ]
+        )
+
+
+def _model_id(request: Request) -> str:
+    """Return the model that a path names; there is one version of each."""
+    wanted = request.path_params.get("version", MODEL_VERSION)
+    model_id: str = request.path_params["model"]
+    if wanted != MODEL_VERSION:
+        raise HTTPException(
+            404, f"model {model_id!r} has no version {wanted}, only {MODEL_VERSION}"
+        )
+    return model_id
+
+
+def _index_entry(model: ModelInfo) -> dict[str, str]:
+    """Return a model as the index lists it: the reason is free text for people."""
+    return {
+        "name": model.model_id,
+        "version": MODEL_VERSION,
+        "state": _INDEX_STATES[model.status],
+        "reason": "" if model.status is ModelStatus.READY else why_not_ready(model),
+    }
+
+
+async def _json_object(request: Request) -> dict[str, Any]:
+    """Return a request's JSON object; an empty body is an empty one, whatever its type.
+
+    Raises:
+        HTTPException: 400 where it is no JSON object, 413 where it is too long.
+    """
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_JSON_BYTES:
+            raise HTTPException(413, f"the body is longer than {MAX_JSON_BYTES} bytes")
+    try:
+        value = json.loads(body or b"{}")
+    except (ValueError, RecursionError):
+        raise HTTPException(400, "the body is not JSON") from None
+    if not isinstance(value, dict):
+        raise HTTPException(400, f"the body must be a JSON object, found {type(value).__name__}")
+    return value

@@ -1,0 +1,1 @@
+"""What a server keeps for its clients between requests, and the frames they exchange."""

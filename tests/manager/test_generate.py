@@ -1,0 +1,82 @@
+"""Generating text in this process: its end, also when it is interrupted."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from splitlearn_core import SplitModel
+from splitlearn_core.factory import load_component
+from splitlearn_manager import ModelConfig, generate
+from splitlearn_manager.config import DaemonConfig
+from splitlearn_manager.generate import GenerateOptions, run_generation
+
+DEMO = ModelConfig("demo", "builtin:demo", dtype="float32")
+OPTIONS = GenerateOptions(max_new_tokens=4)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model() -> SplitModel:
+    return load_component("builtin:demo", "full", dtype="float32")
+
+
+def test_it_goes_on_to_the_last_token(model: SplitModel) -> None:
+    result = run_generation(model, DEMO, "Return the", OPTIONS, echo=False, stop=threading.Event())
+
+    assert result.new_tokens == 4
+
+
+def test_it_stops_at_the_next_token(model: SplitModel) -> None:
+    stop = threading.Event()
+    stop.set()
+
+    result = run_generation(model, DEMO, "Return the", OPTIONS, echo=False, stop=stop)
+
+    assert result.new_tokens == 1
+
+
+def test_a_prompt_without_tokens_is_named(
+    model: SplitModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tokenizer(*_: Any, **__: Any) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.empty(1, 0)}
+
+    monkeypatch.setattr(generate, "_tokenizer", lambda *_: tokenizer)
+
+    with pytest.raises(ValueError, match="the prompt has no tokens"):
+        run_generation(model, DEMO, "", OPTIONS, echo=False)
+
+
+@pytest.mark.anyio
+async def test_an_interrupt_ends_the_thread_that_generates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entered, ended = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def wait(*_: Any, stop: threading.Event, **__: Any) -> None:
+        loop.call_soon_threadsafe(entered.set)
+        assert stop.wait(30)
+        ended.set()
+
+    monkeypatch.setattr(generate, "run_generation", wait)
+    task = asyncio.create_task(generate._generate(DaemonConfig(), DEMO, "x", OPTIONS, echo=False))
+    await entered.wait()
+    task.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended.is_set()
