@@ -1,0 +1,30 @@
+"""Benchmarks: figures that the documents promise, measured where the reader stands.
+
+Each measured way runs in a fresh process, beside what it is compared with.  Checkpoints have random
+weights and are made here; no network is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark, as the command line knows it before anything heavy is imported.
+
+    Attributes:
+        module: Whose `run` measures.
+        rows: What can be measured alone, in the order in which it is.
+    """
+
+    module: str
+    rows: tuple[str, ...]
+
+
+BENCHMARKS = {
+    "load": Benchmark(
+        "splitlearn_manager.bench.load",
+        ("stored", "cast", "all-parts", "cold", "names", "peers", "hub"),
+    )
+}

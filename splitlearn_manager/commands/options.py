@@ -1,0 +1,118 @@
+"""The options that commands about models have in common, and what can be checked of them at once.
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from splitlearn_core.families import family_of
+from splitlearn_core.loading.files import BUILTIN_PREFIX, FolderFiles, find_files, local_config
+from splitlearn_core.plan import SplitPlan, check_split_points
+from splitlearn_core.shape import read_shape
+
+AUTO = "auto"
+SPLIT_POINTS = "--split-points"
+_NUMBERS = re.compile(r"\d+(,\d+)*,?")
+
+
+class SplitPointsCommand(TyperCommand):
+    """A command whose `--split-points` takes several values: `8 24`, or `8,24`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give each value an option of its own, as the parser wants it."""
+        return super().parse_args(ctx, spread(args))
+
+
+def spread(arguments: Iterable[str]) -> list[str]:
+    """Return `--split-points 8 --split-points 24` for `--split-points 8 24`."""
+    result: list[str] = []
+    waiting = False
+    for argument in arguments:
+        if waiting and _NUMBERS.fullmatch(argument):
+            result += [argument] if result[-1] == SPLIT_POINTS else [SPLIT_POINTS, argument]
+        else:
+            waiting = argument == SPLIT_POINTS or argument.startswith(f"{SPLIT_POINTS}=")
+            result.append(argument)
+    return result
+
+
+def parse_points(values: Iterable[str]) -> tuple[int, ...]:
+    """Return the numbers in `["8", "24"]` or `["8,24"]`.
+
+    Raises:
+        ValueError: They are no layer numbers in rising order.
+    """
+    texts = [text.strip() for value in values for text in value.split(",") if text.strip()]
+    if not all(text.isdecimal() for text in texts):
+        raise ValueError(f"{SPLIT_POINTS} takes layer numbers, as in 8 24; found {' '.join(texts)}")
+    return check_split_points(map(int, texts))
+
+
+def check_dtype(dtype: str | None) -> str | None:
+    """Return the plain name of a dtype that weights can have.
+
+    Raises:
+        ValueError: They can't; lists those that they can.
+    """
+    from pydantic import TypeAdapter, ValidationError  # noqa: PLC0415 - slow
+
+    from splitlearn_manager.config.fields import DType as ConfiguredDType  # noqa: PLC0415
+
+    try:
+        name: str | None = TypeAdapter(ConfiguredDType).validate_python(dtype)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ValueError(f"--dtype {message}, found {dtype!r}") from error
+    return name
+
+
+def check_model(
+    model: str, points: Iterable[int] | None, *, model_type: str, allow_empty: bool
+) -> None:
+    """Check what `config.json` alone tells, before torch is imported.
+
+    Raises:
+        SplitLearnError: There is no such model, or it is not of a kind that can be split.
+        ValueError: It has not so many layers, or is of another `model_type`.
+    """
+    if model_type != AUTO:
+        family_of(model_type)
+    if not (model.startswith(BUILTIN_PREFIX) or Path(model).expanduser().exists()):
+        return  # on the hub, or nowhere: asking takes long, and needs more imports
+    files = find_files(model)
+    if not isinstance(files, FolderFiles):
+        return
+    shape = read_shape(local_config(files))
+    if model_type not in {AUTO, shape.model_type}:
+        raise ValueError(f"{model} is a {shape.model_type} model, not {model_type}")
+    if points is not None:
+        SplitPlan.from_split_points(shape.num_layers, points, allow_empty=allow_empty)
+
+
+ModelName = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A folder, a name on the hub, or builtin:NAME."),
+]
+_POINTS = typer.Option(
+    SPLIT_POINTS, metavar="N N…", help="Layers where the cuts are: 8 24, or 8,24 (of 28 layers)."
+)
+SplitPoints = Annotated[list[str], _POINTS]
+OptionalSplitPoints = Annotated[list[str] | None, _POINTS]
+DType = Annotated[
+    str | None, typer.Option(help="Cast weights to this: float32, bfloat16, …; default: as stored.")
+]
+ModelType = Annotated[str, typer.Option(help="The architecture; auto: what the config says.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+CacheDir = Annotated[Path | None, typer.Option(help="Where files from the hub are kept.")]
+AllowEmpty = Annotated[
+    bool, typer.Option("--allow-empty", help="Bottom or Top may have no layers.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
