@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -32,6 +34,23 @@ def cuda_memory(index: int) -> Memory:
 
     available, total = torch.cuda.mem_get_info(index)
     return Memory(total, available)
+
+
+def return_freed_memory() -> bool:
+    """Give what was freed back to the operating system; glibc keeps much of it for later.
+
+    Takes milliseconds, with the allocator's locks held.  What glibc maps for itself (above 128 KiB
+    at first, up to 32 MiB as a program goes on, mallopt(3)) goes back when it is freed; smaller
+    blocks stay unless this is called (malloc_trim(3)).
+
+    Returns:
+        Whether there was something to call: other C libraries have no such thing.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is None:
+        return False
+    trim(0)
+    return True
 
 
 @dataclass(frozen=True)

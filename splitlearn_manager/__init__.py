@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from splitlearn_manager.config.model_config import ModelConfig
     from splitlearn_manager.config.server_config import ServerConfig
     from splitlearn_manager.core.async_model_manager import AsyncModelManager
-    from splitlearn_manager.core.entries import AsyncManagedModel, ModelInfo
+    from splitlearn_manager.core.entries import AsyncManagedModel
+    from splitlearn_manager.core.model_info import ModelInfo
     from splitlearn_manager.core.model_loader import ModelLoader
     from splitlearn_manager.core.resources import ResourceManager
     from splitlearn_manager.core.states import ModelStatus
@@ -33,7 +34,7 @@ _HOMES = {
     "AsyncManagedModel": "core.entries",
     "AsyncModelManager": "core.async_model_manager",
     "ModelConfig": "config.model_config",
-    "ModelInfo": "core.entries",
+    "ModelInfo": "core.model_info",
     "ModelLoader": "core.model_loader",
     "ModelStatus": "core.states",
     "ResourceManager": "core.resources",

@@ -10,9 +10,11 @@ Those of sessions are in `serving/errors.py`, those of parts that live elsewhere
     ├── ModelLoadingError (ValueError)                503   model_loading
     ├── ModelUnloadingError (RuntimeError)            503   model_unloading
     ├── ModelFailedError (RuntimeError)               503   model_failed
+    ├── ModelNotLoadingError (ValueError)             409   model_not_loading
     ├── LoadCancelledError (RuntimeError)             503   load_cancelled
+    ├── LoadTimeoutError (TimeoutError)               504   load_timeout
     ├── InsufficientResourcesError (RuntimeError)     507   insufficient_resources
-    ├── DrainTimeoutError (TimeoutError)              504   drain_timeout
+    ├── DrainTimeoutError (TimeoutError)              503   drain_timeout
     ├── ManagerClosedError (RuntimeError)             503   manager_closed
     └── IllegalTransitionError (RuntimeError)         500   illegal_transition
 
@@ -143,11 +145,29 @@ class ModelFailedError(ManagerError, RuntimeError):
     code = "model_failed"
 
 
+class ModelNotLoadingError(ManagerError, ValueError):
+    """There is nothing to cancel: no load of the model is under way."""
+
+    http_status = 409
+    code = "model_not_loading"
+
+
 class LoadCancelledError(ManagerError, RuntimeError):
     """The load was cancelled before it was finished; nothing of it stays in memory."""
 
     http_status = 503
     code = "load_cancelled"
+
+
+class LoadTimeoutError(ManagerError, TimeoutError):
+    """The load did not move, or took longer than its size can explain; it was given up.
+
+    Not tried again by itself: what hung once hangs again, and its thread may still be at it.
+    """
+
+    http_status = 504
+    code = "load_timeout"
+    final: ClassVar[bool] = True
 
 
 class InsufficientResourcesError(ManagerError, RuntimeError):
@@ -161,10 +181,11 @@ class InsufficientResourcesError(ManagerError, RuntimeError):
 
 
 class DrainTimeoutError(ManagerError, TimeoutError):
-    """Uses were still in flight at the deadline.  The unload goes on and ends when they do."""
+    """A use of a model was ended: the model is being unloaded, and its deadline has come."""
 
-    http_status = 504
+    http_status = 503
     code = "drain_timeout"
+    retry_after = 1
 
 
 class ManagerClosedError(ManagerError, RuntimeError):

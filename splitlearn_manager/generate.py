@@ -16,7 +16,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 from splitlearn_core.quickstart import load_tokenizer
 from splitlearn_manager.client.pipeline import Pipeline
 from splitlearn_manager.core.async_model_manager import AsyncModelManager
-from splitlearn_manager.core.entries import without_frames
+from splitlearn_manager.core.failures import without_frames
 from splitlearn_manager.core.resources import ResourceManager
 
 if TYPE_CHECKING:

@@ -31,8 +31,8 @@ from splitlearn_manager.core.states import ModelStatus
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from splitlearn_manager.core.entries import ModelInfo
     from splitlearn_manager.core.events import TransitionEvent
+    from splitlearn_manager.core.model_info import ModelInfo
     from splitlearn_manager.core.resources import ResourceUsage
 
 LogFormat = Literal["text", "json"]

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 
 from splitlearn_core.families import KNOWN_TYPES
 from splitlearn_core.plan import FULL, TRUNK
-from splitlearn_manager.config.fields import Device, DType, ModelId, PathText, PlainMapping
+from splitlearn_manager.config.fields import Device, DType, ModelId, PathText, PlainMapping, Seconds
 from splitlearn_manager.config.options import PartOptions, PipelineOptions
 from splitlearn_manager.config.section import build, found, section
 from splitlearn_manager.config.yaml_file import read_file
@@ -52,6 +52,9 @@ class ModelConfig:
         dtype: Name of the weights' dtype, or a `torch.dtype`; `None` keeps what is stored.
         warmup: Run one forward before the model counts as ready.
         config: The part, as `PartOptions` has it, or, for a pipeline, as `PipelineOptions` has it.
+        ttl: Seconds without a use after which it is unloaded; `None` keeps it.
+        pinned: Never unload it to make room for others; excludes `ttl`.
+        preload: Load it when the daemon starts; otherwise only when somebody asks for it.
 
     Raises:
         ConfigError: A value is of the wrong type or form, or a key is not known.
@@ -64,6 +67,9 @@ class ModelConfig:
     dtype: DType = None
     warmup: bool = False
     config: PlainMapping = Field(default_factory=dict)
+    ttl: Seconds | None = None
+    pinned: bool = False
+    preload: bool = True
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> Self:
@@ -134,6 +140,9 @@ class ModelConfig:
         if self.model_type == PYTORCH and suffix not in _SUFFIXES:
             message = f"must be a {', '.join(_SUFFIXES)} file for model_type pytorch"
             raise ConfigError(Problem(f"{message}, {found(self.model_path)}", ("model_path",)))
+        if self.pinned and self.ttl is not None:
+            message = "excludes pinned: a pinned model is never unloaded for want of use"
+            raise ConfigError(Problem(f"{message}, {found(self.ttl)}", ("ttl",)))
         if self._is_ambiguous():
             message = "is needed: split_points alone don't say which part of a huggingface model"
             raise ConfigError(Problem(message, ("config", "component")))

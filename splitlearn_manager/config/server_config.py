@@ -107,9 +107,18 @@ class ManagerLimits:
         max_workers: Most loads at once; more wait their turn.
         max_memory_percent: Share of the machine's (or container's) memory for models.
         memory_limit: Bytes for models on the CPU, as a number or `4GiB`, instead of that share.
+        eviction: Whether idle models are unloaded, the least recently used first, when a load needs
+            their place or their memory; never one that is in use or pinned.
+        load_attempts: How often a load is tried, where a hub or a network does not answer.
+        load_stall_timeout: Seconds without any progress after which a load is given up.
+        memory_wait: Seconds for which a load waits for memory that is being given back.
     """
 
     max_models: Count = 5
     max_workers: Count = 4
     max_memory_percent: Annotated[float, Field(gt=0, le=100)] = 80.0
     memory_limit: ByteCount | None = None
+    eviction: bool = False
+    load_attempts: Count = 3
+    load_stall_timeout: Annotated[Seconds, Field(gt=0)] = 300.0
+    memory_wait: Seconds = 300.0

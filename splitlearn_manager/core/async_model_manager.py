@@ -1,7 +1,8 @@
 """`AsyncModelManager`: owns models over time.
 
-It reads in the order of a model's life: load, use, look at, unload; then the manager's own end,
-and last the table that all of them change.
+It reads in the order of a model's life: load, use, look at, unload; then the manager's own end.
+What it decides is here; how it is done is in the files beside it: `table` (every state, one
+writer), `loads` and `unloads` (their owners), `admission` (memory), `idle` (what may go).
 
 Who owns what:
 
@@ -18,56 +19,61 @@ Who owns what:
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
-import math
-import time
-from contextlib import asynccontextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Self
 
-from splitlearn_manager.core.entries import (
-    AsyncManagedModel,
-    FailedEntry,
-    LoadingPlaceholder,
-    close_model,
-)
-from splitlearn_manager.core.events import TransitionEvent, log_transition
+from splitlearn_manager.core.admission import Admission
+from splitlearn_manager.core.entries import AsyncManagedModel, FailedEntry, LoadingPlaceholder
 from splitlearn_manager.core.executor import DaemonThreadPoolExecutor
-from splitlearn_manager.core.model_loader import LoadedModel, ModelLoader, contained, run_load
+from splitlearn_manager.core.idle import IdleModels
+from splitlearn_manager.core.lease import Use
+from splitlearn_manager.core.loads import LoadPolicy, Loads
+from splitlearn_manager.core.model_loader import ModelLoader
+from splitlearn_manager.core.owners import Owners
 from splitlearn_manager.core.resources import ResourceManager
-from splitlearn_manager.core.states import ABSENT, LoadPhase, ModelStatus, transition
+from splitlearn_manager.core.states import ABSENT, ModelStatus
+from splitlearn_manager.core.table import ModelTable
+from splitlearn_manager.core.unloads import DRAIN_TIMEOUT, GRACE, Unloads, check_timeout
 from splitlearn_manager.errors import (
-    DrainTimeoutError,
     InsufficientResourcesError,
     LoadCancelledError,
     ManagerClosedError,
+    ManagerError,
     ModelAlreadyLoadedError,
     ModelLoadingError,
-    ModelNotFoundError,
+    ModelNotLoadingError,
     ModelUnloadingError,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine
-    from concurrent.futures import Future
+    from collections.abc import AsyncIterator
     from types import TracebackType
 
-    from splitlearn_core.estimate import MemoryEstimate
-    from splitlearn_core.machine import Memory
     from splitlearn_manager.config.model_config import ModelConfig
-    from splitlearn_manager.core.entries import Entry, ModelInfo
-    from splitlearn_manager.core.events import TransitionObserver
+    from splitlearn_manager.core.entries import Entry
+    from splitlearn_manager.core.events import Event, TransitionObserver
+    from splitlearn_manager.core.model_info import ModelInfo
     from splitlearn_manager.core.model_loader import Loader
-    from splitlearn_manager.core.resources import Reservation
-    from splitlearn_manager.core.states import State
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+MEMORY_PATIENCE = 300.0
+"""Seconds for which a load waits for memory that is being given back."""
 
-DRAIN_TIMEOUT = 20.0
-"""Seconds that uses in flight are given, where the caller says nothing."""
+_CUT_TIME = 1.0
+"""Seconds after the deadline of a shutdown for uses that were ended to go."""
+
+
+class ReloadPolicy(StrEnum):
+    """What a reload does first."""
+
+    LOAD_FIRST = "load_first"
+    """Load the new beside the old and swap: no gap, and a failed reload changes nothing, but both
+    must fit at once."""
+    UNLOAD_FIRST = "unload_first"
+    """Unload the old, then load the new: for models that don't fit twice.  Meanwhile there is none,
+    and a failed reload leaves none."""
 
 
 class AsyncModelManager:
@@ -85,6 +91,12 @@ class AsyncModelManager:
         loader: Who loads them.
         single_threaded: Let torch compute with one thread, in the whole process.
         num_threads: Let torch compute with so many, instead.
+        eviction: Unload idle models, the least recently used first, when a load needs their place
+            or their memory.
+        load_policy: When loads are given up, and when they are tried again.
+        memory_patience: Seconds for which a load waits for memory that is being given back.
+        unload_grace: Seconds that uses which were ended are given to go, and then a model's thread
+            to end, before an unload says what is not back.
 
     Attributes:
         models: The table: one entry for each model.  To be changed by the manager alone.
@@ -103,6 +115,10 @@ class AsyncModelManager:
         *,
         single_threaded: bool = True,
         num_threads: int | None = None,
+        eviction: bool = False,
+        load_policy: LoadPolicy | None = None,
+        memory_patience: float = MEMORY_PATIENCE,
+        unload_grace: float = GRACE,
     ) -> None:
         if max_models < 1:
             raise ValueError(f"max_models must be at least 1, found {max_models}")
@@ -111,12 +127,30 @@ class AsyncModelManager:
         self.max_models = max_models
         self.loader: Loader = ModelLoader() if loader is None else loader
         self.executor = DaemonThreadPoolExecutor(max_workers, "splitlearn-loader")
-        self.models: dict[str, Entry] = {}
         self.lock = asyncio.Lock()
-        self.on_transition: list[TransitionObserver] = [log_transition]
-        self._generations = itertools.count(1)
-        self._owners: set[asyncio.Task[None]] = set()
+        self._table = ModelTable()
+        self._owners = Owners()
+        self._unloads = Unloads(self._table, self._owners, unload_grace)
+        self._idle = IdleModels(self._table, self._unloads, evicts=eviction)
+        self._loads = self._make_loads(load_policy or LoadPolicy(), memory_patience)
         self._closing: asyncio.Task[None] | None = None
+
+    def _make_loads(self, policy: LoadPolicy, memory_patience: float) -> Loads:
+        """Return the loads, with their way to memory."""
+        resources, lock = self.resource_manager, self.lock
+        admission = Admission(resources, lock, self._idle, memory_patience)
+        return Loads(
+            self._table,
+            lock,
+            self._owners,
+            self.executor,
+            self.loader,
+            resources,
+            admission,
+            policy,
+            replaced=lambda old: self._unloads.start(old, "replaced by a reload", DRAIN_TIMEOUT),
+            became_ready=self._idle.watch,
+        )
 
     async def __aenter__(self) -> Self:
         """Return the manager itself."""
@@ -131,27 +165,46 @@ class AsyncModelManager:
         """Shut down."""
         await self.shutdown()
 
+    @property
+    def models(self) -> dict[str, Entry]:
+        """The table: one entry for each model.  To be changed by the manager alone."""
+        return self._table.models
+
+    @property
+    def on_transition(self) -> list[TransitionObserver]:
+        """Called with every `TransitionEvent`, in order; the first one logs it."""
+        return self._table.on_transition
+
     # --- Loading ---------------------------------------------------------------------------
 
     async def load_model(self, config: ModelConfig) -> bool:
         """Load a model, and return `True` when it is ready.
 
         The load belongs to the manager: if the caller is cancelled or times out, it goes on, and
-        ends in a ready or a failed model all the same.
+        ends in a ready or a failed model all the same; `cancel_load` ends it.
 
         Raises:
             ConfigError: (a `ValueError`) The configuration is wrong; nothing was changed.
             ModelAlreadyLoadedError: (a `ValueError`) A model with that id is loaded.
             ModelLoadingError: (a `ValueError`) One is being loaded.
             InsufficientResourcesError: (a `RuntimeError`) It does not fit.
+            LoadCancelledError: (a `RuntimeError`) `cancel_load` ended it.
+            LoadTimeoutError: (a `TimeoutError`) It hung, and was given up.
             ModelFailedError: (a `RuntimeError`) Loading failed; `__cause__` is the loader's error.
             ManagerClosedError: (a `RuntimeError`) The manager shuts down.
+        """
+        return await _wait_for(await self.start_load(config))
+
+    async def start_load(self, config: ModelConfig) -> LoadingPlaceholder:
+        """Begin what `load_model` waits for; its `outcome()` can be awaited.
+
+        Raises:
+            ManagerError: What `load_model` raises before a load has begun.
         """
         config.validate()
         async with self.lock:
             self._refuse_if_taken(config.model_id)
-            placeholder = self._start_load(config)
-        return await self._wait_for_load(placeholder)
+            return self._begin(config, "a load was asked for")
 
     async def ensure_model(self, config: ModelConfig) -> bool:
         """Return `True` when the model is ready, loading it if nobody has.
@@ -166,15 +219,63 @@ class AsyncModelManager:
         """
         config.validate()
         async with self.lock:
+            self._refuse_if_closed()
+            under_way = self._table.load_under_way(config.model_id)
             match self.models.get(config.model_id):
                 case AsyncManagedModel(status=ModelStatus.READY) as ready if ready.config == config:
                     return True
-                case LoadingPlaceholder() as placeholder if placeholder.config == config:
-                    pass
+                case _ if under_way is not None and under_way.config == config:
+                    placeholder = under_way
                 case _:
                     self._refuse_if_taken(config.model_id)
-                    placeholder = self._start_load(config)
-        return await self._wait_for_load(placeholder)
+                    placeholder = self._begin(config, "a load was asked for")
+        return await _wait_for(placeholder)
+
+    async def cancel_load(self, model_id: str, grace: float = 5.0) -> bool:
+        """End the load, or the reload, of a model that is under way.
+
+        It ends at once for those who wait for it, with `LoadCancelledError`; its thread ends at its
+        next report, between two tensors or two pieces of a file.  A load leaves a failed entry with
+        that as its reason, a reload leaves the model as it was.
+
+        Args:
+            model_id: Which model.
+            grace: Seconds to wait for the thread.
+
+        Returns:
+            Whether the thread has ended, so that nothing of the load is left.  What it reserved
+            stays reserved until it has.
+
+        Raises:
+            ModelNotFoundError: (a `KeyError`) There is no such model.
+            ModelNotLoadingError: (a `ValueError`) No load of it is under way.
+            ValueError: `grace` is negative or not a number.
+        """
+        seconds = check_timeout(grace)
+        async with self.lock:
+            entry = self._table.entry(model_id)
+            placeholder = self._table.load_under_way(model_id)
+            if placeholder is None:
+                raise ModelNotLoadingError(
+                    f"no load of model {model_id!r} is under way: it is {entry.status}"
+                )
+            work = placeholder.work
+            self._loads.cancel(
+                placeholder, LoadCancelledError(f"the load of model {model_id!r} was cancelled")
+            )
+        await placeholder.outcome()
+        if work is None or work.done():
+            return True
+        ended = asyncio.wrap_future(work)
+        ended.add_done_callback(_look_at)
+        done, _ = await asyncio.wait({ended}, timeout=seconds)
+        return bool(done)
+
+    def _begin(self, config: ModelConfig, reason: str) -> LoadingPlaceholder:
+        """Begin a load in a free place."""
+        self._refuse_if_closed()
+        self._refuse_if_full(config.model_id)
+        return self._loads.start(config, reason)
 
     def _refuse_if_taken(self, model_id: str) -> None:
         """Raise if what is in the model's place may not be replaced by a load."""
@@ -185,119 +286,95 @@ class AsyncModelManager:
             raise ModelAlreadyLoadedError(f"model {model_id!r} is there already, {entry.status}")
 
     def _refuse_if_full(self, model_id: str) -> None:
-        """Raise if one more model would be one too many."""
+        """Raise if one more model would be one too many, and none can be evicted."""
         others = [
             entry.model_id
             for entry in self.models.values()
-            if entry.status is not ModelStatus.FAILED and entry.model_id != model_id
+            if entry.status is not ModelStatus.FAILED
+            and entry.model_id != model_id
+            and not (isinstance(entry, AsyncManagedModel) and entry.evicted)
         ]
-        if len(others) >= self.max_models:
+        excess = len(others) + 1 - self.max_models
+        if excess > 0 and not self._idle.evict_places(model_id, excess):
             raise InsufficientResourcesError(
                 f"model {model_id!r} would be one too many: max_models is {self.max_models}, and"
                 f" there are {', '.join(others)}; unload one"
             )
 
-    def _start_load(self, config: ModelConfig) -> LoadingPlaceholder:
-        """Take the model's place in the table, and start the task that owns the load."""
-        self._refuse_if_closed()
-        self._refuse_if_full(config.model_id)
-        placeholder = LoadingPlaceholder(
-            config.model_id, config, generation=next(self._generations)
-        )
-        self._move(placeholder, ModelStatus.LOADING, "a load was asked for")
-        self._own(self._load(placeholder), f"load of model {config.model_id}")
-        return placeholder
+    # --- Reloading -------------------------------------------------------------------------
 
-    async def _wait_for_load(self, placeholder: LoadingPlaceholder) -> bool:
-        """Wait for the end of a load, and raise if it failed."""
-        outcome = await placeholder.outcome()
-        if isinstance(outcome, FailedEntry):
-            raise outcome.load_error()
-        return True
+    async def reload_model(
+        self, config: ModelConfig, policy: ReloadPolicy | str = ReloadPolicy.LOAD_FIRST
+    ) -> bool:
+        """Load a model anew, and return `True` when the new one is in use.
 
-    async def _load(self, placeholder: LoadingPlaceholder) -> None:
-        """Own a load: every way out of here settles the placeholder."""
-        config, progress = placeholder.config, placeholder.progress
-        try:
-            estimate, memory = await self._work(placeholder, self._appraise, config)
-            await self._reserve(placeholder, estimate, memory)
-            loaded = await self._work(placeholder, run_load, self.loader, config, progress)
-            await self._make_ready(placeholder, loaded, estimate)
-        except BaseException as error:
-            self._make_failed(placeholder, error)
-            if not isinstance(error, Exception):
-                raise
+        The swap falls between two requests: one that has begun ends on the old model, the next one
+        gets the new.  The old one is then drained, and counts until it is gone.
 
-    async def _work(self, placeholder: LoadingPlaceholder, fn: Callable[..., T], *args: Any) -> T:
-        """Run one step of a load in a worker thread."""
-        future = self.executor.submit(fn, *args)
-        placeholder.work = future
-        return await asyncio.wrap_future(future)
-
-    def _appraise(self, config: ModelConfig) -> tuple[MemoryEstimate, Memory]:
-        """Return what a load will need, and what there is; in a worker thread, as it may take long.
-
-        The capacity is looked up as well, so that it is known when the lock is held.
-        """
-        with contained(config):
-            estimate = self.loader.estimate(config)
-            self.resource_manager.capacity(config.device)
-            return estimate, self.resource_manager.memory(config.device)
-
-    async def _reserve(
-        self, placeholder: LoadingPlaceholder, estimate: MemoryEstimate, memory: Memory
-    ) -> None:
-        """Have the memory of the load's worst moment promised to it."""
-        placeholder.progress.enter(LoadPhase.WAITING_FOR_MEMORY)
-        placeholder.progress(0, estimate.steady_bytes)
-        async with self.lock:
-            placeholder.reservation = self.resource_manager.reserve(
-                placeholder.model_id, estimate.peak_bytes, placeholder.config.device, memory
-            )
-
-    async def _make_ready(
-        self, placeholder: LoadingPlaceholder, loaded: LoadedModel, estimate: MemoryEstimate
-    ) -> None:
-        """Put the model in the place that was held for it, with the memory that it really takes.
+        Args:
+            config: The new configuration, which may be the same as the old.
+            policy: What to do first; `unload_first` where both don't fit at once.
 
         Raises:
-            ManagerError: The load was told to stop, or was given up and the place is another's:
-                a thread that comes late never overwrites a newer entry.
+            ConfigError: (a `ValueError`) The configuration is wrong; nothing was changed.
+            ModelNotFoundError: (a `KeyError`) There is no such model.
+            ModelLoadingError: (a `ValueError`) It is being loaded, or reloaded, already.
+            ModelUnloadingError: (a `RuntimeError`) It is being unloaded.
+            ManagerError: What `load_model` raises.  With `load_first` the old model is as it was,
+                with `unload_first` it is gone.
         """
+        config.validate()
+        chosen = _check_policy(policy)
         async with self.lock:
-            placeholder.progress.check()
-            if not self._is_current(placeholder):
-                raise LoadCancelledError("the load was given up before it ended")
-            managed = AsyncManagedModel(
-                placeholder.model_id,
-                loaded.model,
-                placeholder.config,
-                generation=placeholder.generation,
-                reservation=placeholder.reservation,
-                resident_bytes=loaded.resident_bytes or 0,
+            begun = self._start_reload(config, chosen)
+        return await _wait_for(await asyncio.shield(begun))
+
+    def _start_reload(
+        self, config: ModelConfig, policy: ReloadPolicy
+    ) -> asyncio.Future[LoadingPlaceholder]:
+        """Begin a reload; return its load, which comes later where the unload comes first."""
+        self._refuse_if_closed()
+        begun: asyncio.Future[LoadingPlaceholder] = asyncio.get_running_loop().create_future()
+        match self._table.entry(config.model_id):
+            case FailedEntry():
+                begun.set_result(self._begin(config, "a reload was asked for"))
+            case LoadingPlaceholder():
+                raise ModelLoadingError(f"model {config.model_id!r} is being loaded")
+            case AsyncManagedModel(status=ModelStatus.READY) as managed:
+                self._refuse_if_reloading(config.model_id)
+                if policy is ReloadPolicy.LOAD_FIRST:
+                    begun.set_result(self._loads.start_successor(config))
+                else:
+                    reason = "a reload was asked for, unload first"
+                    self._unloads.start(managed, reason, DRAIN_TIMEOUT)
+                    work = self._load_after(managed, config, begun)
+                    self._owners.own(work, f"reload of model {config.model_id}")
+            case _:
+                raise ModelUnloadingError(f"model {config.model_id!r} is being unloaded")
+        return begun
+
+    async def _load_after(
+        self,
+        managed: AsyncManagedModel,
+        config: ModelConfig,
+        begun: asyncio.Future[LoadingPlaceholder],
+    ) -> None:
+        """Own what is between the unload and the load of a reload that unloads first."""
+        begun.add_done_callback(_look_at)
+        await managed.gone()
+        try:
+            async with self.lock:
+                self._refuse_if_taken(config.model_id)
+                begun.set_result(self._begin(config, "reloading, the old one is unloaded"))
+        except ManagerError as error:
+            begun.set_exception(error)
+
+    def _refuse_if_reloading(self, model_id: str) -> None:
+        """Raise if a reload of the model is under way."""
+        if model_id in self._table.successors:
+            raise ModelLoadingError(
+                f"model {model_id!r} is being reloaded; wait for that, or cancel it"
             )
-            _settle_reservation(placeholder, loaded, estimate)
-            self._move(managed, ModelStatus.READY, "loaded")
-            placeholder.settle(managed)
-
-    def _make_failed(self, placeholder: LoadingPlaceholder, error: BaseException) -> None:
-        """Put the reason in the place that was held for the model.
-
-        Synchronous, and without the lock, so that a task that is being cancelled gets through:
-        nobody holds the lock while another task runs, so that one step needs none.  A thread that
-        is still at the load is asked to stop.
-        """
-        cause = error if isinstance(error, Exception) else placeholder.cancellation()
-        placeholder.progress.stop(LoadCancelledError("the load was given up before it ended"))
-        _give_back(placeholder)
-        if self._is_current(placeholder):
-            failed = FailedEntry(placeholder, cause)
-            self._move(failed, ModelStatus.FAILED, failed.reason)
-            placeholder.settle(failed)
-
-    def _is_current(self, placeholder: LoadingPlaceholder) -> bool:
-        """Whether the place in the table is still the one that this load took."""
-        return self.models.get(placeholder.model_id) is placeholder
 
     # --- Using -----------------------------------------------------------------------------
 
@@ -313,24 +390,21 @@ class AsyncModelManager:
             ManagerClosedError: (a `RuntimeError`) The manager shuts down.
         """
         self._refuse_if_closed()
-        if isinstance(self._entry(model_id), LoadingPlaceholder):
+        if isinstance(self._table.entry(model_id), LoadingPlaceholder):
             return None
         return self._usable(model_id)
 
-    @asynccontextmanager
-    async def use(self, model_id: str) -> AsyncIterator[AsyncManagedModel]:
-        """Lend a model out: within the block it is not unloaded.
+    def use(self, model_id: str) -> Use:
+        """Lend a model to a block: `async with manager.use("trunk") as model`.
+
+        Within the block it is not unloaded; if it must be, and the block has not ended at the
+        deadline of the drain, the block is cancelled, and raises `DrainTimeoutError`.
 
         Raises:
-            ModelLoadingError: (a `ValueError`) It is being loaded.
-            ManagerError: What `get_model` raises.
+            ModelLoadingError: (a `ValueError`) On entering: it is being loaded.
+            ManagerError: On entering: what `get_model` raises.
         """
-        managed = self._usable(model_id)  # no await from here to `acquire`: nothing comes between
-        managed.acquire()
-        try:
-            yield managed
-        finally:
-            managed.release()
+        return Use(lambda: self._usable(model_id))
 
     async def infer(self, model_id: str, /, *args: Any, **kwargs: Any) -> Any:
         """Run a model's forward in its thread, without gradients.
@@ -344,7 +418,7 @@ class AsyncModelManager:
     def _usable(self, model_id: str) -> AsyncManagedModel:
         """Return a model that is ready, or raise why it is not."""
         self._refuse_if_closed()
-        match self._entry(model_id):
+        match self._table.entry(model_id):
             case LoadingPlaceholder():
                 raise ModelLoadingError(f"model {model_id!r} is being loaded")
             case FailedEntry() as failed:
@@ -358,7 +432,7 @@ class AsyncModelManager:
 
     async def list_models(self) -> list[ModelInfo]:
         """Return a snapshot of every model, in the order in which they were asked for."""
-        return [entry.info() for entry in self.models.values()]
+        return [self._table.info(model_id) for model_id in self.models]
 
     async def get_model_info(self, model_id: str) -> ModelInfo:
         """Return a snapshot of one model, whatever its state.
@@ -366,74 +440,63 @@ class AsyncModelManager:
         Raises:
             ModelNotFoundError: (a `KeyError`) There is no such model.
         """
-        return self._entry(model_id).info()
+        return self._table.info(model_id)
 
-    def _entry(self, model_id: str) -> Entry:
-        """Return the entry of a model."""
-        try:
-            return self.models[model_id]
-        except KeyError:
-            names = ", ".join(self.models) or "none"
-            message = f"there is no model {model_id!r}; there are: {names}"
-            raise ModelNotFoundError(message) from None
+    async def events(self) -> AsyncIterator[Event]:
+        """Yield what happens from now on: every transition, and how far loads are.
+
+        Ends when the manager is shut down.  A reader that is too slow gets an `EventsLostEvent`
+        in place of what it missed; it never holds up the manager.
+        """
+        with self._table.bus.subscribe() as events:
+            async for event in events:
+                yield event
+
+    async def check_alive(self, seconds: float = 5.0) -> None:
+        """Return if the manager can still decide things; health checks go through here.
+
+        Raises:
+            TimeoutError: Whoever holds the lock has not let go of it in time.
+        """
+        async with asyncio.timeout(seconds), self.lock:
+            pass
 
     # --- Unloading -------------------------------------------------------------------------
 
     async def unload_model(self, model_id: str, drain_timeout: float | None = None) -> bool:
-        """Unload a model once its uses in flight have ended, and return `True` when it is gone.
+        """Unload a model, and return when it is gone and its memory is back.
 
-        From now on it takes no new use.  The unload belongs to the manager: a caller that is
-        cancelled, or whose deadline comes, goes away alone, and the unload ends when the last use
-        does.  A second caller joins.  An entry that failed is removed at once.
+        From now on it takes no new use.  Uses in flight are given until the deadline; what is left
+        then is ended, and raises `DrainTimeoutError` where it is.  The unload belongs to the
+        manager: a caller that is cancelled goes away alone.  A second caller joins, and can only
+        bring the deadline nearer.  An entry that failed is removed at once.
 
         Args:
             model_id: Which model.
-            drain_timeout: Seconds to wait for uses in flight; 20 by default, `math.inf` for ever.
+            drain_timeout: Seconds for uses in flight; 20 by default, `math.inf` for ever.
+
+        Returns:
+            Whether all of its memory is back.  If not, because a forward hangs or something else
+            still refers to the model, the log and the event say how much is missing; it stays
+            reserved until it is free.
 
         Raises:
-            DrainTimeoutError: (a `TimeoutError`) Uses were still in flight at the deadline.
             ModelNotFoundError: (a `KeyError`) There is no such model.
-            ModelLoadingError: (a `ValueError`) It is being loaded.
+            ModelLoadingError: (a `ValueError`) It is being loaded or reloaded: `cancel_load`.
             ValueError: `drain_timeout` is negative or not a number.
         """
-        seconds = _check_timeout(drain_timeout)
+        seconds = check_timeout(drain_timeout)
         async with self.lock:
-            entry = self._entry(model_id)
+            entry = self._table.entry(model_id)
             if isinstance(entry, LoadingPlaceholder):
-                raise ModelLoadingError(f"model {model_id!r} is being loaded")
+                raise ModelLoadingError(f"model {model_id!r} is being loaded; cancel that first")
             if isinstance(entry, FailedEntry):
-                self._move(entry, ABSENT, "an unload was asked for")
+                self._table.move(entry, ABSENT, "an unload was asked for")
                 return True
             if entry.status is ModelStatus.READY:
-                self._start_unload(entry, "an unload was asked for")
-        return await self._wait_for_unload(entry, seconds)
-
-    def _start_unload(self, managed: AsyncManagedModel, reason: str) -> None:
-        """Refuse new uses, and start the task that owns the unload."""
-        self._move(managed, ModelStatus.UNLOADING, reason)
-        self._own(self._unload(managed), f"unload of model {managed.model_id}")
-
-    async def _wait_for_unload(self, managed: AsyncManagedModel, seconds: float | None) -> bool:
-        """Wait for the end of an unload, and raise if the deadline comes before."""
-        try:
-            async with asyncio.timeout(seconds):
-                await managed.gone()
-        except TimeoutError:
-            raise DrainTimeoutError(
-                f"model {managed.model_id!r} still has {managed.in_flight} use(s) in flight after"
-                f" {seconds:g} s; the unload ends when they do"
-            ) from None
-        return True
-
-    async def _unload(self, managed: AsyncManagedModel) -> None:
-        """Own an unload: every way out of here removes the entry."""
-        try:
-            await managed.idle()
-            await asyncio.shield(asyncio.wrap_future(managed.close()))
-        finally:
-            managed.close().add_done_callback(partial(_release, managed.reservation))
-            self._move(managed, ABSENT, "unloaded")
-            managed.mark_gone()
+                self._refuse_if_reloading(model_id)
+                self._unloads.start(entry, "an unload was asked for", seconds)
+        return await self._unloads.wait(entry, seconds)
 
     # --- Shutting down ---------------------------------------------------------------------
 
@@ -451,7 +514,7 @@ class AsyncModelManager:
         Raises:
             ValueError: `drain_timeout` is negative or not a number.
         """
-        seconds = _check_timeout(drain_timeout)
+        seconds = check_timeout(drain_timeout)
         if self._closing is None:
             self._closing = asyncio.create_task(self._close(seconds), name="manager shutdown")
         await asyncio.shield(self._closing)
@@ -459,71 +522,30 @@ class AsyncModelManager:
     async def _close(self, seconds: float | None) -> None:
         """Own the shutdown."""
         async with self.lock:
-            for entry in list(self.models.values()):
-                self._dismiss(entry)
-        await self._end_owners(seconds)
+            self._idle.close()
+            for entry in self._table.everything():
+                self._dismiss(entry, seconds)
+        await self._owners.end(None if seconds is None else seconds + _CUT_TIME)
         for entry in list(self.models.values()):  # what failed is left
-            self._move(entry, ABSENT, "the manager shut down")
+            self._table.move(entry, ABSENT, "the manager shut down")
         self.executor.shutdown(wait=False)
+        self._table.bus.close()
 
-    def _dismiss(self, entry: Entry) -> None:
+    def _dismiss(self, entry: Entry, seconds: float | None) -> None:
         """Ask whoever owns an entry to end."""
         if isinstance(entry, LoadingPlaceholder):
-            entry.progress.stop(ManagerClosedError("the manager shut down during the load"))
-        elif isinstance(entry, AsyncManagedModel) and entry.status is ModelStatus.READY:
-            self._start_unload(entry, "the manager shuts down")
-
-    async def _end_owners(self, seconds: float | None) -> None:
-        """Wait for loads and unloads to end, and give those up that do not."""
-        if not self._owners:
-            return
-        _, late = await asyncio.wait(self._owners, timeout=seconds)
-        for task in late:
-            logger.warning("gave up the %s after %g s", task.get_name(), seconds)
-            task.cancel()
-        if late:
-            await asyncio.wait(late)
+            error = ManagerClosedError("the manager shut down during the load")
+            self._loads.cancel(entry, error, patient=True)
+        elif isinstance(entry, AsyncManagedModel):
+            if entry.status is ModelStatus.READY:
+                self._unloads.start(entry, "the manager shuts down", seconds)
+            elif entry.drain is not None:
+                entry.drain.shorten(seconds)
 
     def _refuse_if_closed(self) -> None:
         """Raise if the manager shuts down, or has."""
         if self._closing is not None:
             raise ManagerClosedError("the manager is shut down, and takes no more work")
-
-    # --- The table -------------------------------------------------------------------------
-
-    def _own(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        """Start a task that owns an entry, and keep it until it ends."""
-        task = asyncio.create_task(work, name=name)
-        self._owners.add(task)
-        task.add_done_callback(self._owners.discard)
-
-    def _move(self, entry: Entry, to: State, reason: str) -> None:
-        """Make one move in the table; nothing else changes it.
-
-        Raises:
-            IllegalTransitionError: The table of states has no such move; nothing was changed.
-        """
-        before = self.models.get(entry.model_id)
-        old, since = (before.status, before.since) if before is not None else (ABSENT, None)
-        transition(old, to)
-        now = time.monotonic()
-        if to is ABSENT:
-            del self.models[entry.model_id]
-        else:
-            entry.status, entry.since = to, now
-            self.models[entry.model_id] = entry
-        elapsed = 0.0 if since is None else now - since
-        self._tell(
-            TransitionEvent(entry.model_id, entry.generation, old, to, reason, elapsed, time.time())
-        )
-
-    def _tell(self, event: TransitionEvent) -> None:
-        """Tell every observer; one that fails does not stop the others, or the move."""
-        for observer in tuple(self.on_transition):
-            try:
-                observer(event)
-            except Exception:
-                logger.exception("an observer of transitions failed")
 
 
 def _configure_threads(single_threaded: bool, num_threads: int | None) -> None:
@@ -534,47 +556,24 @@ def _configure_threads(single_threaded: bool, num_threads: int | None) -> None:
         configure_pytorch_threads(single_threaded, num_threads)
 
 
-def _settle_reservation(
-    placeholder: LoadingPlaceholder, loaded: LoadedModel, estimate: MemoryEstimate
-) -> None:
-    """Let the measured size of a model replace the estimate of its load."""
-    if placeholder.reservation is None:
-        return
-    measured = loaded.resident_bytes
-    size = estimate.steady_bytes if measured is None else measured
-    if short := placeholder.reservation.resize(size):
-        logger.warning(
-            "model %s takes %d bytes, which is %d more than could be reserved for it",
-            placeholder.model_id,
-            size,
-            short,
-        )
+async def _wait_for(placeholder: LoadingPlaceholder) -> bool:
+    """Wait for the end of a load, and raise if it failed."""
+    outcome = await placeholder.outcome()
+    if isinstance(outcome, FailedEntry):
+        raise outcome.load_error()
+    return True
 
 
-def _give_back(placeholder: LoadingPlaceholder) -> None:
-    """Release what a failed load has: now, or when a thread that is still at it has ended."""
-    if placeholder.work is not None:
-        placeholder.work.cancel()
-        placeholder.work.add_done_callback(partial(_discard, placeholder.reservation))
+def _check_policy(policy: ReloadPolicy | str) -> ReloadPolicy:
+    """Return a policy by its name."""
+    try:
+        return ReloadPolicy(policy)
+    except ValueError:
+        names = ", ".join(ReloadPolicy)
+        raise ValueError(f"a reload's policy is one of {names}, found {policy!r}") from None
 
 
-def _discard(reservation: Reservation | None, work: Future[Any]) -> None:
-    """Close a model that nobody waits for any more, and release its memory."""
-    if not work.cancelled() and work.exception() is None and isinstance(work.result(), LoadedModel):
-        close_model(work.result().model)
-    _release(reservation, work)
-
-
-def _release(reservation: Reservation | None, _: Future[Any]) -> None:
-    """Release memory, where some was promised."""
-    if reservation is not None:
-        reservation.release()
-
-
-def _check_timeout(seconds: float | None) -> float | None:
-    """Return a time limit as asyncio has it: `None` is for ever; given `None`, the usual one."""
-    if seconds is None:
-        return DRAIN_TIMEOUT
-    if math.isnan(seconds) or seconds < 0:
-        raise ValueError(f"a timeout must be 0 seconds or more, found {seconds!r}")
-    return None if math.isinf(seconds) else seconds
+def _look_at(result: asyncio.Future[Any]) -> None:
+    """Note the error of a load that nobody waits for any more, so that asyncio does not."""
+    if not result.cancelled():
+        result.exception()

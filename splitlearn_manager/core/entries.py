@@ -17,13 +17,22 @@ import logging
 import time
 import weakref
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from splitlearn_core.machine import return_freed_memory
 from splitlearn_manager.config.options import PartOptions
 from splitlearn_manager.core.executor import DaemonThreadPoolExecutor
-from splitlearn_manager.core.progress import LoadProgress
+from splitlearn_manager.core.failures import (
+    describe,
+    failure_code,
+    log_with_frames,
+    without_frames,
+)
+from splitlearn_manager.core.lease import Hold, Lease, Use
+from splitlearn_manager.core.model_info import ModelInfo
+from splitlearn_manager.core.progress import LoadProgress, Pace
 from splitlearn_manager.core.states import ModelStatus
 from splitlearn_manager.errors import (
     LoadCancelledError,
@@ -36,6 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from splitlearn_manager.config.model_config import ModelConfig
+    from splitlearn_manager.core.drain import Drain
     from splitlearn_manager.core.resources import Reservation
 
 logger = logging.getLogger(__name__)
@@ -44,65 +54,32 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class ModelInfo:
-    """A snapshot of one model, for users.
-
-    Attributes:
-        model_id: Its id.
-        status: Its state.
-        component: `bottom`, `trunk`, …; `None` for a pipeline.
-        start_layer: First layer; `None` while not known, and where it has no one range of layers.
-        end_layer: One past the last layer; `None` likewise.
-        device: Where it is, or is to be.
-        dtype: Name of the weights' dtype; `None` while not known.
-        loaded_at: When it became ready, in seconds since the epoch.
-        last_used: When it was last used, likewise.
-        request_count: Uses since it became ready.
-        in_flight: Uses that have not ended.
-        bytes_total: Bytes of weights to load.
-        bytes_done: How many of them are in.
-        reserved_bytes: Memory promised to it.
-        resident_bytes: Memory that its weights take, measured when it was loaded.
-        error: Why it failed.
-    """
-
-    model_id: str
-    status: ModelStatus
-    component: str | None = None
-    start_layer: int | None = None
-    end_layer: int | None = None
-    device: str = "cpu"
-    dtype: str | None = None
-    loaded_at: float | None = None
-    last_used: float | None = None
-    request_count: int = 0
-    in_flight: int = 0
-    bytes_total: int = 0
-    bytes_done: int = 0
-    reserved_bytes: int = 0
-    resident_bytes: int = 0
-    error: str | None = None
-
-
 class LoadingPlaceholder:
     """Holds a model's place while it is loaded, and lets any number of callers wait for the end.
 
     Attributes:
+        operation_id: Of the load, in events and logs.
         progress: What the loading thread reports.
+        pace: How fast bytes come, as the load's owner samples it.
         reservation: The memory promised to it, once its size is known.
         work: The call in a worker thread that the load is at.
+        owner: The task that settles it.
     """
 
-    def __init__(self, model_id: str, config: ModelConfig, *, generation: int = 0) -> None:
+    def __init__(
+        self, model_id: str, config: ModelConfig, *, generation: int = 0, operation_id: str = ""
+    ) -> None:
         self.model_id = model_id
         self.config = config
         self.generation = generation
+        self.operation_id = operation_id
         self.status = ModelStatus.LOADING
         self.since = time.monotonic()
         self.progress = LoadProgress()
+        self.pace = Pace()
         self.reservation: Reservation | None = None
         self.work: Future[Any] | None = None
+        self.owner: asyncio.Task[None] | None = None
         self._outcome: AsyncManagedModel | FailedEntry | None = None
         self._settled = asyncio.Event()
 
@@ -129,10 +106,24 @@ class LoadingPlaceholder:
             component=_component(self.config),
             device=self.config.device,
             dtype=self.config.dtype,
-            bytes_total=self.progress.bytes_total,
-            bytes_done=self.progress.bytes_done,
             reserved_bytes=_held(self.reservation),
+            generation=self.generation,
+            pinned=self.config.pinned,
+            **self.motion(),
         )
+
+    def motion(self) -> dict[str, Any]:
+        """Return what a snapshot says of a load under way."""
+        progress = self.progress
+        left = progress.bytes_total - progress.bytes_done
+        return {
+            "phase": progress.phase,
+            "bytes_total": progress.bytes_total,
+            "bytes_done": progress.bytes_done,
+            "elapsed_s": time.monotonic() - self.since,
+            "bytes_per_second": self.pace.rate(),
+            "seconds_left": self.pace.seconds_left(left) if progress.bytes_total else None,
+        }
 
 
 class AsyncManagedModel:
@@ -149,6 +140,12 @@ class AsyncManagedModel:
         last_used: When it was last used, likewise.
         request_count: How often it was used.
         in_flight: Uses that have not ended.
+        operation_id: Of the load that made it, and once it is being unloaded, of that.
+        drain: Its drain, once it is being unloaded.
+        timer: When to see whether its time to live is up.
+        unreturned_bytes: Once it is gone, what of its memory is not back.
+        on_idle: Called when the last lease on it has ended.
+        evicted: Whether it goes to make room, so that it no longer counts.
     """
 
     def __init__(
@@ -160,10 +157,12 @@ class AsyncManagedModel:
         generation: int = 0,
         reservation: Reservation | None = None,
         resident_bytes: int = 0,
+        operation_id: str = "",
     ) -> None:
         self.model_id = model_id
         self.config = config
         self.generation = generation
+        self.operation_id = operation_id
         self.status = ModelStatus.READY
         self.since = time.monotonic()
         self.reservation = reservation
@@ -172,11 +171,18 @@ class AsyncManagedModel:
         self.last_used: float | None = None
         self.request_count = 0
         self.in_flight = 0
+        self.drain: Drain | None = None
+        self.timer: asyncio.TimerHandle | None = None
+        self.unreturned_bytes = 0
+        self.evicted = False
+        self.on_idle: Callable[[], None] | None = None
         self._model = model
+        self._leases: set[Lease] = set()
+        self._cut: ManagerError | None = None
         self._idle = asyncio.Event()
         self._idle.set()
         self._gone = asyncio.Event()
-        self._closed: Future[None] | None = None
+        self._closed: Future[Any] | None = None
         self._worker = DaemonThreadPoolExecutor(1, f"splitlearn-model-{model_id}")
 
     @property
@@ -209,29 +215,90 @@ class AsyncManagedModel:
         """Run the model's forward in its thread, without gradients."""
         return await self.run(partial(_forward, self.model), *args, **kwargs)
 
-    def acquire(self) -> None:
-        """Count a use; the model is not unloaded until `release`."""
-        self.in_flight += 1
-        self.request_count += 1
-        self.last_used = time.time()
-        self._idle.clear()
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody has a lease on it."""
+        return not self._leases
 
-    def release(self) -> None:
-        """Count the end of a use."""
-        self.in_flight -= 1
+    @property
+    def idle_since(self) -> float:
+        """When it was last used, or else loaded, in seconds since the epoch."""
+        return self.last_used or self.loaded_at
+
+    def use(self) -> Use:
+        """Lend this very load of the model to a block, also while it is being drained.
+
+        For whoever has a hold on it; anybody else asks the manager.
+
+        Raises:
+            ModelUnloadingError: On entering: its drain is over.
+        """
+        return Use(self._lendable)
+
+    def hold(self, ended: Callable[[ManagerError], None]) -> Hold:
+        """Keep it from being unloaded until `Hold.release`.
+
+        Args:
+            ended: Called once if the deadline of a drain comes first.
+        """
+        return Hold(self, ended)
+
+    def lend(self, lease: Lease, *, counts: bool = True) -> None:
+        """Count a lease; the model is not unloaded until `give_back`."""
+        self._leases.add(lease)
+        self._idle.clear()
+        if counts:
+            self.in_flight += 1
+            self.request_count += 1
         self.last_used = time.time()
-        if self.in_flight == 0:
+
+    def give_back(self, lease: Lease) -> None:
+        """Count the end of a lease; a second time does nothing."""
+        if lease not in self._leases:
+            return
+        self._leases.remove(lease)
+        self.in_flight -= isinstance(lease, Use)
+        self.last_used = time.time()
+        if not self._leases:
             self._idle.set()
+            if self.on_idle is not None:
+                self.on_idle()
 
     async def idle(self) -> None:
-        """Wait until no use is in flight."""
+        """Wait until there is no lease."""
         await self._idle.wait()
 
-    def close(self) -> Future[None]:
+    def stop_timer(self) -> None:
+        """Forget when to see whether its time to live is up."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+    def cut(self, error: ManagerError) -> int:
+        """End every lease that is left, saying why, and allow no more; return how many they were.
+
+        Each gives itself back as soon as its owner runs.
+        """
+        self._cut = error
+        leases = list(self._leases)
+        for lease in leases:
+            lease.end(error)
+        return len(leases)
+
+    def _lendable(self) -> AsyncManagedModel:
+        """Return itself, unless its drain is over."""
+        if self._cut is not None or self._closed is not None:
+            raise self._unloaded()
+        return self
+
+    def close(self) -> Future[Any]:
         """Let the model go, once its thread has done all that is queued there; return the end.
 
         That happens in its thread, because freeing gigabytes takes a while, and because behind
         everything that is queued no forward can be at it.  The thread ends with it.
+
+        Returns:
+            A future of what still refers to the model then: a weak reference, or `None`.
         """
         if self._closed is None:
             self._closed = self._worker.submit(self._let_go)
@@ -246,10 +313,14 @@ class AsyncManagedModel:
         """Wait for the end of the unload.  Cancelling this ends the waiting, not the unload."""
         await self._gone.wait()
 
-    def info(self) -> ModelInfo:
-        """Return a snapshot."""
+    def info(self, successor: LoadingPlaceholder | None = None) -> ModelInfo:
+        """Return a snapshot.
+
+        Args:
+            successor: The load that is to take its place, where there is one.
+        """
         model = self._model
-        return ModelInfo(
+        info = ModelInfo(
             model_id=self.model_id,
             status=self.status,
             component=getattr(model, "component", _component(self.config)),
@@ -265,21 +336,21 @@ class AsyncManagedModel:
             bytes_done=self.resident_bytes,
             reserved_bytes=_held(self.reservation),
             resident_bytes=self.resident_bytes,
+            generation=self.generation,
+            pinned=self.config.pinned,
         )
+        return info if successor is None else replace(info, reloading=True, **successor.motion())
 
-    def _let_go(self) -> None:
-        """Close and drop the model, and say so if somebody else still has it."""
+    def _let_go(self) -> Callable[[], Any] | None:
+        """Close and drop the model; return a reference to it if somebody else still has it."""
         close_model(self._model)
         alive, self._model = _weak_reference(self._model), None
         if alive() is None:
-            return
+            return_freed_memory()
+            return None
         gc.collect()  # only here: it stops every thread, and most models are in no cycle
-        if alive() is not None:
-            logger.warning(
-                "model %s is unloaded, but something else still refers to it: its memory is not"
-                " back",
-                self.model_id,
-            )
+        return_freed_memory()
+        return None if alive() is None else alive
 
     def _unloaded(self) -> ModelUnloadingError:
         return ModelUnloadingError(f"model {self.model_id!r} was unloaded")
@@ -290,12 +361,19 @@ class FailedEntry:
 
     Attributes:
         reason: Why, in words.
+        code: Why, in a word for programs.
         cause: The error, without the frames that it came through.
         failed_at: When, in seconds since the epoch.
+        retry_at: When loading it again may help, likewise; `None` if that never will.
         reservation: What the load had, until its thread has really ended.
     """
 
-    def __init__(self, placeholder: LoadingPlaceholder, cause: BaseException) -> None:
+    def __init__(
+        self,
+        placeholder: LoadingPlaceholder,
+        cause: BaseException,
+        retry_after: float | None = None,
+    ) -> None:
         self.model_id = placeholder.model_id
         self.config = placeholder.config
         self.generation = placeholder.generation
@@ -303,7 +381,10 @@ class FailedEntry:
         self.since = time.monotonic()
         self.failed_at = time.time()
         self.cause = without_frames(cause)
+        self.retry_at = None if retry_after is None else self.failed_at + retry_after
         self.reason = describe(cause)
+        self.code = failure_code(cause)
+        self.operation_id = placeholder.operation_id
         self.reservation = placeholder.reservation
 
     def error(self) -> ModelFailedError:
@@ -326,6 +407,10 @@ class FailedEntry:
             dtype=self.config.dtype,
             reserved_bytes=_held(self.reservation),
             error=self.reason,
+            generation=self.generation,
+            failed_at=self.failed_at,
+            retry_at=self.retry_at,
+            pinned=self.config.pinned,
         )
 
 
@@ -341,32 +426,8 @@ def close_model(model: Any) -> None:
     if close is not None:
         try:
             close()
-        except Exception:
-            logger.exception("closing a %s failed", type(model).__name__)
-
-
-def describe(error: BaseException) -> str:
-    """Return an error in words: ours as they are, others with their type before them."""
-    if isinstance(error, ManagerError):
-        return str(error)
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def without_frames(error: BaseException) -> BaseException:
-    """Drop the frames from an error, its causes and its contexts, in place.
-
-    A frame keeps its local variables alive: after a failed load, the tensors that were already
-    read, for as long as anybody keeps the error.
-    """
-    seen: set[int] = set()
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        link = waiting.pop()
-        if link is not None and id(link) not in seen:
-            seen.add(id(link))
-            link.__traceback__ = None
-            waiting += [link.__cause__, link.__context__, *getattr(link, "exceptions", ())]
-    return error
+        except Exception:  # noqa: BLE001 - it is logged, as the docstring says
+            log_with_frames(logger, "closing a %s failed", type(model).__name__)
 
 
 def _forward(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

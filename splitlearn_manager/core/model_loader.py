@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from splitlearn_core.errors import SplitLearnError
 from splitlearn_core.plan import TOP, TRUNK
 from splitlearn_manager.config.model_config import AUTO, HUGGINGFACE, PIPELINE, PYTORCH
-from splitlearn_manager.core.entries import without_frames
+from splitlearn_manager.core.failures import without_frames
 from splitlearn_manager.core.states import LoadPhase
 from splitlearn_manager.errors import ModelFailedError
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from splitlearn_manager.core.states import LoadPhase
 
 
@@ -53,7 +55,43 @@ class LoadProgress:
         if self.stopped is not None:
             raise self.stopped
 
+    def mark(self) -> tuple[LoadPhase, int, int]:
+        """Return what differs whenever the load has moved."""
+        return self.phase, self.bytes_done, self.bytes_total
+
     def stop(self, error: Exception) -> None:
         """Let the load end with `error` at its next report; from any thread.  The first counts."""
         if self.stopped is None:
             self.stopped = error
+
+
+class Pace:
+    """How fast bytes come, from samples that the event loop takes; pure.
+
+    Args:
+        span: Seconds back that the rate looks.
+    """
+
+    def __init__(self, span: float = 10.0) -> None:
+        self._span = span
+        self._samples: deque[tuple[float, int]] = deque()
+
+    def sample(self, now: float, nbytes: int) -> None:
+        """Note how many bytes are in."""
+        if self._samples and nbytes < self._samples[-1][1]:
+            self._samples.clear()  # another file, or another attempt
+        self._samples.append((now, nbytes))
+        while self._samples[0][0] < now - self._span:
+            self._samples.popleft()
+
+    def rate(self) -> float | None:
+        """Return bytes per second; `None` while there is too little to say it from."""
+        if len(self._samples) < 2:  # noqa: PLR2004 - a difference needs two
+            return None
+        (start, first), (end, last) = self._samples[0], self._samples[-1]
+        return (last - first) / (end - start) if end > start else None
+
+    def seconds_left(self, nbytes: int) -> float | None:
+        """Return how long so many bytes will take; `None` while nothing comes."""
+        rate = self.rate()
+        return nbytes / rate if rate else None

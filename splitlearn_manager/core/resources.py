@@ -16,7 +16,7 @@ from splitlearn_manager.config.units import format_bytes
 from splitlearn_manager.errors import InsufficientResourcesError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 HOST = "cpu"
 
@@ -31,6 +31,8 @@ class ResourceUsage:
         reserved_bytes: What is.
         available_bytes: What the operating system (or the driver) could give now.
         reservations: What is reserved by each model.
+        leaving_bytes: What of `reserved_bytes` is of models that are going, or gone while something
+            still refers to them.
     """
 
     device: str
@@ -38,6 +40,7 @@ class ResourceUsage:
     reserved_bytes: int
     available_bytes: int
     reservations: Mapping[str, int]
+    leaving_bytes: int = 0
 
 
 class Reservation:
@@ -47,12 +50,17 @@ class Reservation:
         model_id: Whose they are.
         device: Where they are.
         nbytes: How many they are now; 0 once released.
+        leaving: Whether their model is going, so that others may wait for them.
+        lingering: Whether it is gone, but something else still refers to it, for who knows how
+            long.
     """
 
     def __init__(self, model_id: str, nbytes: int, device: str, owner: ResourceManager) -> None:
         self.model_id = model_id
         self.device = device
         self.nbytes = nbytes
+        self.leaving = False
+        self.lingering = False
         self._owner = owner
 
     def resize(self, nbytes: int) -> int:
@@ -85,6 +93,9 @@ class ResourceManager:
     Args:
         max_memory_percent: Share of a device's memory that models may have.
         memory_limit: Bytes that models on the CPU may have, whatever the machine has.
+
+    Attributes:
+        on_change: Called, in any thread and holding no lock, when less is reserved than before.
     """
 
     def __init__(self, max_memory_percent: float = 80.0, memory_limit: int | None = None) -> None:
@@ -98,6 +109,7 @@ class ResourceManager:
         self._held: list[Reservation] = []
         self._under_way: set[Reservation] = set()
         self._capacities: dict[str, int] = {}
+        self.on_change: list[Callable[[], None]] = []
 
     def capacity(self, device: str = HOST) -> int:
         """Return the most bytes that may be reserved on a device; looked up once."""
@@ -150,7 +162,9 @@ class ResourceManager:
         capacity, available = self.capacity(pool), self.memory(pool).available
         with self._mutex:
             by_model = self._by_model(pool)
-        return ResourceUsage(pool, capacity, by_model.total(), available, dict(by_model))
+            gone = [r for r in self._held if r.device == pool and (r.leaving or r.lingering)]
+            leaving = sum(r.nbytes for r in gone)
+        return ResourceUsage(pool, capacity, by_model.total(), available, dict(by_model), leaving)
 
     def check_available_resources(self, nbytes: int = 0, device: str = HOST) -> bool:
         """Whether so many bytes could be reserved now.  An answer, not a promise: `reserve`."""
@@ -158,6 +172,26 @@ class ResourceManager:
         capacity, available = self.capacity(pool), self.memory(pool).available
         with self._mutex:
             return nbytes <= self._room(pool, capacity, available)
+
+    def shortfall(self, nbytes: int, device: str, memory: Memory | None = None) -> int:
+        """Return how many bytes must be given back before so many can be reserved; 0 for none."""
+        pool = pool_of(device)
+        available = (memory or self.memory(pool)).available
+        capacity = self.capacity(pool)
+        with self._mutex:
+            return max(0, nbytes - self._room(pool, capacity, available))
+
+    def is_changing(self, device: str) -> bool:
+        """Whether something reserved there will be given back without anybody asking.
+
+        Loads under way shrink to their measured size, or fail; models that are going, go.
+        """
+        pool = pool_of(device)
+        with self._mutex:
+            return any(
+                held.device == pool and (held.leaving or held in self._under_way)
+                for held in self._held
+            )
 
     def devices(self) -> tuple[str, ...]:
         """Return the CPU and every other device on which something is reserved."""
@@ -199,7 +233,9 @@ class ResourceManager:
             others = self._by_model(reservation.device).total() - reservation.nbytes
             reservation.nbytes = min(nbytes, max(reservation.nbytes, capacity - others))
             self._under_way.discard(reservation)
-            return nbytes - reservation.nbytes
+            short = nbytes - reservation.nbytes
+        self._changed()
+        return short
 
     def _release(self, reservation: Reservation) -> None:
         """Forget a reservation, if it is held."""
@@ -208,6 +244,12 @@ class ResourceManager:
                 self._held.remove(reservation)
             self._under_way.discard(reservation)
             reservation.nbytes = 0
+        self._changed()
+
+    def _changed(self) -> None:
+        """Tell whoever waits for memory."""
+        for tell in tuple(self.on_change):
+            tell()
 
 
 def pool_of(device: str) -> str:

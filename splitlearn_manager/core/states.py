@@ -8,7 +8,9 @@ tests) reads them from here too.
                   └──────> failed ──> loading | absent
 
 A load ends in exactly one of `ready` and `failed`; what was cancelled or refused is `failed` too,
-with that as its reason.  An unload can't fail: `unloading` lasts until the last use has ended.
+with that as its reason.  An unload can't fail: `unloading` lasts until the last use has ended, or
+was ended.  `ready` to `ready` is a reload: a newer load of the same model has taken its place.
+`docs/states.md` is drawn from this table by `scripts/draw_states`.
 """
 
 from __future__ import annotations
@@ -40,9 +42,9 @@ class LoadPhase(StrEnum):
     """What a load is at; a load may go back to an earlier phase, but never skips its end."""
 
     QUEUED = "queued"
-    """No worker is free yet."""
+    """No worker is free yet, or the time for another attempt has not come."""
     WAITING_FOR_MEMORY = "waiting_for_memory"
-    """Its size is known, its memory is not yet promised."""
+    """Its size is known, its memory is not yet promised: others are giving some back."""
     DOWNLOADING = "downloading"
     """Files come from a hub."""
     READING = "reading"
@@ -61,7 +63,7 @@ TRANSITIONS: Mapping[State, frozenset[State]] = MappingProxyType(
     {
         ABSENT: frozenset({ModelStatus.LOADING}),
         ModelStatus.LOADING: frozenset({ModelStatus.READY, ModelStatus.FAILED}),
-        ModelStatus.READY: frozenset({ModelStatus.UNLOADING}),
+        ModelStatus.READY: frozenset({ModelStatus.UNLOADING, ModelStatus.READY}),
         ModelStatus.UNLOADING: frozenset({ABSENT}),
         ModelStatus.FAILED: frozenset({ModelStatus.LOADING, ABSENT}),
     }

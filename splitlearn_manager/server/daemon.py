@@ -20,7 +20,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from splitlearn_manager.core.async_model_manager import AsyncModelManager
+from splitlearn_manager.core.deadlines import LoadDeadlines
+from splitlearn_manager.core.loads import LoadPolicy
 from splitlearn_manager.core.resources import ResourceManager
+from splitlearn_manager.core.retry import RetryPolicy
 from splitlearn_manager.errors import ManagerError
 from splitlearn_manager.observability import Metrics, configure_logging
 from splitlearn_manager.server.app import build_app
@@ -181,6 +184,12 @@ class Daemon:
             max_workers=limits.max_workers,
             single_threaded=False,
             num_threads=self.config.server.threads,
+            eviction=limits.eviction,
+            load_policy=LoadPolicy(
+                LoadDeadlines(stall=limits.load_stall_timeout),
+                RetryPolicy(attempts=limits.load_attempts),
+            ),
+            memory_patience=limits.memory_wait,
         )
 
     async def _start(

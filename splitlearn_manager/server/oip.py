@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from splitlearn_manager.core.async_model_manager import AsyncModelManager
-    from splitlearn_manager.core.entries import ModelInfo
+    from splitlearn_manager.core.model_info import ModelInfo
     from splitlearn_manager.server.readiness import Readiness
 
 MAX_JSON_BYTES = 64 * 1024

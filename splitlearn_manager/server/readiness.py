@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from splitlearn_manager.core.async_model_manager import AsyncModelManager
-    from splitlearn_manager.core.entries import ModelInfo
+    from splitlearn_manager.core.model_info import ModelInfo
 
 
 class Readiness:

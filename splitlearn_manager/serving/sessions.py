@@ -6,7 +6,8 @@ Everything runs on the event loop's thread, except forwards, which run in their 
   loaded again is another one, and its sessions are over.
 - One step at a time: `claim` marks a session busy until `release`.  A session that is closed while
   it is busy ends at its release, so that a step in flight is answered first.
-- A session does not keep its model from being unloaded; a step does.
+- A session holds its load of the model: that is unloaded, or makes way for a newer one, when the
+  session ends, and at the latest at the deadline of its drain, which ends the session.
 - Whoever owns a session is told of its end, once, whatever the cause.
 """
 
@@ -18,9 +19,9 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from splitlearn_manager.core.states import ModelStatus
 from splitlearn_manager.errors import ManagerError
 from splitlearn_manager.serving.errors import (
     BadOpenError,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
     from splitlearn_manager.core.async_model_manager import AsyncModelManager
     from splitlearn_manager.core.entries import AsyncManagedModel
-    from splitlearn_manager.core.events import TransitionEvent
+    from splitlearn_manager.core.lease import Hold
     from splitlearn_manager.serving.forward import Outcome
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class Session:
         managed: The model, as it was loaded then.
         state: Its cache, and what was taken in so far.
         last_used: When a step last began or ended, by the table's clock.
+        hold: What keeps the model for it.
         task: The task that runs and answers its one step, while there is one.
         busy: Whether a step was claimed and not yet released.
         ending: Why it is to end at its release.
@@ -93,6 +95,7 @@ class Session:
     managed: AsyncManagedModel
     state: State
     last_used: float
+    hold: Hold | None = None
     task: asyncio.Task[None] | None = None
     busy: bool = False
     ending: CloseReason | None = None
@@ -112,8 +115,7 @@ class SessionTable:
     Leaving the context closes what is still open, and the one task that expires idle sessions.
 
     Args:
-        manager: Whose models the sessions are of; its transitions end the sessions of a model that
-            goes.
+        manager: Whose models the sessions are of.
         max_sessions: Most sessions at once, over all connections and models.
         idle_timeout: Seconds without a step after which a session ends.
         metrics: Who counts.
@@ -146,7 +148,6 @@ class SessionTable:
 
     async def __aenter__(self) -> Self:
         """Begin to expire idle sessions."""
-        self._manager.on_transition.append(self._model_moved)
         self._expiry = asyncio.create_task(self._expire(), name="session-expiry")
         return self
 
@@ -158,7 +159,6 @@ class SessionTable:
     ) -> None:
         """Close what is left, without waiting for steps in flight to be answered."""
         await self.drain(0)
-        self._manager.on_transition.remove(self._model_moved)
         if self._expiry is not None:
             self._expiry.cancel()
             await asyncio.wait([self._expiry])
@@ -190,6 +190,7 @@ class SessionTable:
             length = _granted_length(max_length, contract.max_positions)
             state = State(contract, managed.model.new_cache(), length)
             session = Session(self._new_id(), owner, managed, state, self._clock())
+            session.hold = managed.hold(partial(self._model_goes, session))
             self._add(session)
         return session
 
@@ -315,13 +316,10 @@ class SessionTable:
             await self._sleep(max(left, _SHORTEST_SLEEP))
             self.close_idle()
 
-    def _model_moved(self, event: TransitionEvent) -> None:
-        """End the sessions of a model that is no longer ready."""
-        if event.old is not ModelStatus.READY:
-            return
-        for session in self._all():
-            if session.managed.generation == event.generation:
-                self.close(session, CloseReason.MODEL_UNLOADED)
+    def _model_goes(self, session: Session, error: ManagerError) -> None:
+        """End a session whose model can't wait for it any longer."""
+        del error  # the client is told the reason, not the text
+        self.close(session, CloseReason.MODEL_UNLOADED)
 
     # --- One step --------------------------------------------------------------------------
 
@@ -329,9 +327,7 @@ class SessionTable:
         """Check a step, run it in the model's thread, and take its outcome into the session."""
         step = check_step(session.state, frame)
         try:
-            async with self._manager.use(session.model_id) as managed:
-                if managed is not session.managed:
-                    raise self._gone(session)
+            async with session.managed.use() as managed:
                 outcome = await self._forward(managed, session, step)
         except SessionError:
             raise
@@ -390,6 +386,8 @@ class SessionTable:
         """Take a session out of the table, drop its cache, and tell its owner."""
         del self._sessions[session.id]
         session.state.cache = session.state.mask = None
+        if session.hold is not None:
+            session.hold.release()
         if not self._sessions:
             self._occupied.clear()
             self._empty.set()

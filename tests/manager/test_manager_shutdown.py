@@ -8,14 +8,20 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from splitlearn_manager.errors import ManagerClosedError, ModelFailedError, ModelUnloadingError
+from splitlearn_manager.errors import (
+    DrainTimeoutError,
+    ManagerClosedError,
+    ModelFailedError,
+    ModelUnloadingError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from manager_fakes import FakeLoader, Watch
+
     from splitlearn_manager.config import ModelConfig
     from splitlearn_manager.core.async_model_manager import AsyncModelManager
-    from tests.manager.conftest import FakeLoader, Watch
 
     Config = Callable[..., ModelConfig]
 
@@ -124,7 +130,7 @@ async def test_a_load_that_hangs_is_given_up_at_the_deadline(
     with pytest.raises(ManagerClosedError):
         await load
     assert manager.models == {}
-    assert "gave up the load of model a after 0 s" in caplog.messages
+    assert "gave up the load of model a after 1 s" in caplog.messages
     assert manager.resource_manager.get_current_usage().reserved_bytes == 100
     released = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -137,15 +143,27 @@ async def test_a_use_that_does_not_end_is_given_up_at_the_deadline(
     manager: AsyncModelManager, model_config: Config
 ) -> None:
     await manager.load_model(model_config())
-    async with manager.use("a") as managed:
-        await managed(1)  # so that it has a thread, which must end too
-        closed = managed.model.closed
-        await manager.shutdown(drain_timeout=0)
 
-        assert manager.models == {}
-        assert await asyncio.to_thread(closed.wait, 30)
-        with pytest.raises(ModelUnloadingError, match="model 'a' was unloaded"):
-            await managed(2)
+    async def use() -> None:
+        async with manager.use("a") as managed:
+            await managed(1)  # so that it has a thread, which must end too
+            begun.set()
+            await asyncio.Event().wait()
+
+    begun = asyncio.Event()
+    managed = await manager.get_model("a")
+    assert managed is not None
+    closed = managed.model.closed
+    user = asyncio.create_task(use())
+    await begun.wait()
+    await manager.shutdown(drain_timeout=0)
+
+    with pytest.raises(DrainTimeoutError, match="had not ended at the deadline"):
+        await user
+    assert manager.models == {}
+    assert await asyncio.to_thread(closed.wait, 30)
+    with pytest.raises(ModelUnloadingError, match="model 'a' was unloaded"):
+        await managed(2)
 
 
 async def test_an_unload_in_flight_is_waited_for(

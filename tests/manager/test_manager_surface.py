@@ -19,13 +19,18 @@ NAMES = {
     "ServerConfig",
 }
 METHODS = {
+    "cancel_load",
+    "check_alive",
     "ensure_model",
+    "events",
     "get_model",
     "get_model_info",
     "infer",
     "list_models",
     "load_model",
+    "reload_model",
     "shutdown",
+    "start_load",
     "unload_model",
     "use",
 }
@@ -66,4 +71,13 @@ def test_a_snapshot_has_these_fields() -> None:
         "reserved_bytes",
         "resident_bytes",
         "error",
+        "generation",
+        "phase",
+        "elapsed_s",
+        "bytes_per_second",
+        "seconds_left",
+        "reloading",
+        "failed_at",
+        "retry_at",
+        "pinned",
     ]

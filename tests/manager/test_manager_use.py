@@ -7,6 +7,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from manager_fakes import FakeLoader, Watch, until
 
 from splitlearn_manager.core.states import ModelStatus
 from splitlearn_manager.errors import (
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from splitlearn_manager.config import ModelConfig
     from splitlearn_manager.core.async_model_manager import AsyncModelManager
-    from tests.manager.conftest import FakeLoader, Watch
+    from splitlearn_manager.core.resources import ResourceManager
 
     Config = Callable[..., ModelConfig]
 
@@ -151,18 +152,88 @@ async def test_a_model_can_be_loaded_again_once_it_is_gone(
     assert await loaded.load_model(model_config()) is True
 
 
-async def test_at_the_deadline_the_caller_goes_and_the_unload_goes_on(
+async def test_at_the_deadline_what_is_in_flight_is_ended_and_told_why(
     loaded: AsyncModelManager, watch: Watch
 ) -> None:
-    async with loaded.use("a"):
-        with pytest.raises(DrainTimeoutError, match=r"still has 1 use\(s\) in flight after 0 s"):
-            await loaded.unload_model("a", drain_timeout=0)
-        assert loaded.models["a"].status is ModelStatus.UNLOADING
-        gone = asyncio.create_task(watch.until("a", None))
-        await asyncio.sleep(0)  # it watches from now on
+    async def use() -> None:
+        async with loaded.use("a"):
+            begun.set()
+            await asyncio.Event().wait()
 
-    await gone
+    begun = asyncio.Event()
+    user = asyncio.create_task(use())
+    await begun.wait()
+
+    assert await loaded.unload_model("a", drain_timeout=0) is True
+
+    with pytest.raises(DrainTimeoutError, match="being unloaded, and this use of it had not ended"):
+        await user
+    assert user.cancelling() == 0
     assert loaded.models == {}
+    assert watch.moves("a") == [("ready", "unloading"), ("unloading", None)]
+
+
+async def test_a_use_that_is_cancelled_by_its_own_side_is_just_that(
+    loaded: AsyncModelManager,
+) -> None:
+    async def use() -> None:
+        async with loaded.use("a"):
+            begun.set()
+            await asyncio.Event().wait()
+
+    begun = asyncio.Event()
+    user = asyncio.create_task(use())
+    await begun.wait()
+    user.cancel()
+    unload = asyncio.create_task(loaded.unload_model("a", drain_timeout=0))
+
+    with pytest.raises(asyncio.CancelledError):
+        await user
+    assert await unload is True
+
+
+async def test_a_use_that_does_not_heed_is_left_behind(
+    make_manager: Callable[..., AsyncModelManager], model_config: Config
+) -> None:
+    async def use() -> None:
+        async with manager.use("a"):
+            begun.set()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                await let_go.wait()
+
+    manager = make_manager(unload_grace=0)
+    await manager.load_model(model_config())
+    begun, let_go = asyncio.Event(), asyncio.Event()
+    user = asyncio.create_task(use())
+    await begun.wait()
+
+    await manager.unload_model("a", drain_timeout=0)
+    assert manager.models == {}
+
+    let_go.set()
+    await user
+
+
+async def test_a_second_unload_can_bring_the_deadline_nearer(
+    loaded: AsyncModelManager, watch: Watch
+) -> None:
+    async def use() -> None:
+        async with loaded.use("a"):
+            begun.set()
+            await asyncio.Event().wait()
+
+    begun = asyncio.Event()
+    user = asyncio.create_task(use())
+    await begun.wait()
+    patient = asyncio.create_task(loaded.unload_model("a", drain_timeout=math.inf))
+    await watch.until("a", "unloading")
+
+    assert await loaded.unload_model("a", drain_timeout=0) is True
+    assert await patient is True
+    with pytest.raises(DrainTimeoutError):
+        await user
 
 
 async def test_an_unload_without_a_deadline_waits(loaded: AsyncModelManager, watch: Watch) -> None:
@@ -222,14 +293,15 @@ async def test_what_failed_is_removed_at_once(
     assert watch.moves("a")[-1] == ("failed", None)
 
 
-async def test_an_unload_waits_for_a_forward_whose_caller_is_gone(
-    loaded: AsyncModelManager, watch: Watch
+async def test_an_unload_says_what_is_not_back_while_a_forward_hangs(
+    make_manager: Callable[..., AsyncModelManager], resources: ResourceManager, model_config: Config
 ) -> None:
+    manager = make_manager(unload_grace=0)
+    await manager.load_model(model_config())
     gate = Gate()
-    loaded.models["a"].model.forward = gate
 
     async def forward() -> Any:
-        async with loaded.use("a") as managed:
+        async with manager.use("a") as managed:
             return await managed.run(gate)
 
     caller = asyncio.create_task(forward())
@@ -237,11 +309,20 @@ async def test_an_unload_waits_for_a_forward_whose_caller_is_gone(
     caller.cancel()
     with pytest.raises(asyncio.CancelledError):
         await caller
+    events = manager.events()
+    moves = [asyncio.ensure_future(anext(events))]
+    await asyncio.sleep(0)  # it listens from now on
 
-    with pytest.raises(DrainTimeoutError, match=r"still has 0 use\(s\) in flight"):
-        await loaded.unload_model("a", drain_timeout=0)
+    assert await manager.unload_model("a", drain_timeout=0) is False
+
+    await moves[0]
+    gone = await anext(events)
+    assert (gone.new, gone.unreturned_bytes) == (None, 60)
+    assert gone.reason == "unloaded, but 60 bytes are not back"
+    assert resources.get_current_usage().reserved_bytes == 60
     gate.release()
-    await watch.until("a", None)
+    await until(lambda: resources.get_current_usage().reserved_bytes == 0)
+    await events.aclose()
 
 
 async def test_an_unloaded_model_is_freed(loaded: AsyncModelManager) -> None:
@@ -269,7 +350,7 @@ async def test_an_unloaded_model_is_closed_first(
     await loaded.unload_model("a")
 
     assert closed == ["splitlearn-model-a-0"]
-    assert "closing a FakeModel failed" in caplog.messages
+    assert any(message.startswith("closing a FakeModel failed\n") for message in caplog.messages)
 
 
 async def test_a_model_in_a_cycle_is_freed_too(loaded: AsyncModelManager) -> None:
@@ -283,12 +364,16 @@ async def test_a_model_in_a_cycle_is_freed_too(loaded: AsyncModelManager) -> Non
     assert freed() is None
 
 
-async def test_a_model_that_somebody_keeps_is_told_of(
-    loaded: AsyncModelManager, caplog: pytest.LogCaptureFixture
+async def test_a_model_that_somebody_keeps_is_told_of_and_stays_reserved(
+    loaded: AsyncModelManager, resources: ResourceManager, caplog: pytest.LogCaptureFixture
 ) -> None:
     kept = loaded.models["a"].model
 
-    await loaded.unload_model("a")
+    assert await loaded.unload_model("a") is False
 
     assert kept is not None
-    assert "model a is unloaded, but something else still refers to it" in caplog.text
+    assert "something else still refers to the model" in caplog.text
+    usage = resources.get_current_usage()
+    assert (usage.reserved_bytes, usage.leaving_bytes) == (60, 60)
+    del kept
+    assert resources.get_current_usage().reserved_bytes == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import weakref
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 from serving_fakes import trunk_config
 
 from splitlearn_manager import AsyncModelManager
-from splitlearn_manager.errors import ModelNotFoundError
+from splitlearn_manager.core.states import ModelStatus
+from splitlearn_manager.errors import ModelNotFoundError, ModelUnloadingError
 from splitlearn_manager.observability import Metrics
 from splitlearn_manager.serving.errors import (
     BadOpenError,
@@ -468,14 +470,15 @@ async def test_sessions_end_with_their_model(
     step = start_step(table, busy, step_frame(busy))
     await entered(part)
 
-    unload = asyncio.create_task(manager.unload_model("trunk"))
-    await settle()
-    assert owner.heard == [(idle.id, CloseReason.MODEL_UNLOADED)]
+    unload = asyncio.create_task(manager.unload_model("trunk", drain_timeout=0))
+    with pytest.raises(ModelUnavailableError, match="'trunk' was unloaded or replaced"):
+        await step
 
     part.gate.set()
-    await step
     await unload
-    assert owner.heard[1:] == [(busy.id, CloseReason.MODEL_UNLOADED)]
+    assert sorted(owner.heard) == sorted(
+        [(idle.id, CloseReason.MODEL_UNLOADED), (busy.id, CloseReason.MODEL_UNLOADED)]
+    )
 
 
 async def test_an_open_session_does_not_keep_its_model(
@@ -485,39 +488,58 @@ async def test_an_open_session_does_not_keep_its_model(
     await run_step(table, session, step_frame(session))
     part = weakref.ref(loader.parts.pop("trunk"))
 
-    await manager.unload_model("trunk", drain_timeout=5)
+    await manager.unload_model("trunk", drain_timeout=0)
     gc.collect()
 
     assert part() is None
 
 
-async def test_without_its_model_a_session_ends_at_its_next_step(
+async def test_a_drain_waits_for_a_session_and_lets_it_go_on(
     table: SessionTable, manager: AsyncModelManager
 ) -> None:
-    """An observer may be slower than a step: the step finds out by itself."""
     owner = Owner()
     session = await table.open(owner, "trunk")
-    observers, manager.on_transition = manager.on_transition, []
-    await manager.unload_model("trunk")
-    manager.on_transition = observers
+    unload = asyncio.create_task(manager.unload_model("trunk", drain_timeout=math.inf))
+    await settle()
 
-    with pytest.raises(ModelUnavailableError, match="'trunk' was unloaded or replaced"):
-        await run_step(table, session, step_frame(session))
+    with pytest.raises(ModelUnloadingError):
+        await table.open(owner, "trunk")
+    reply = await run_step(table, session, step_frame(session))
+    assert reply.kind is Kind.RESULT
+    assert not unload.done()
+    table.close(session, CloseReason.CLOSED)
 
-    assert owner.heard == [(session.id, CloseReason.MODEL_UNLOADED)]
+    assert await unload is False  # this test still has the part
+    assert owner.heard == [(session.id, CloseReason.CLOSED)]
 
 
-async def test_a_model_loaded_again_is_another_one(
-    table: SessionTable, manager: AsyncModelManager
+async def test_a_session_stays_with_the_load_that_it_was_opened_on(
+    table: SessionTable, manager: AsyncModelManager, loader: Any
 ) -> None:
-    session = await table.open(Owner(), "trunk")
-    observers, manager.on_transition = manager.on_transition, []
-    await manager.unload_model("trunk")
-    await manager.load_model(trunk_config("trunk"))
-    manager.on_transition = observers
+    owner = Owner()
+    old = await table.open(owner, "trunk")
+    first = old.managed
+    assert await manager.reload_model(trunk_config("trunk"))
 
-    with pytest.raises(ModelUnavailableError):
-        await run_step(table, session, step_frame(session))
+    new = await table.open(owner, "trunk")
+    for session in (old, new):
+        assert (await run_step(table, session, step_frame(session))).kind is Kind.RESULT
+
+    assert (old.managed is first, new.managed is first) == (True, False)
+    assert first.status is ModelStatus.UNLOADING
+    table.close(old, CloseReason.CLOSED)
+    await first.gone()
+    assert len(table) == 1
+    loader.parts.clear()
+
+
+async def test_a_model_with_a_session_is_not_idle(table: SessionTable) -> None:
+    session = await table.open(Owner(), "trunk")
+    assert not session.managed.is_idle
+
+    table.close(session, CloseReason.CLOSED)
+
+    assert session.managed.is_idle
 
 
 async def test_draining_answers_what_is_in_flight(table: SessionTable, part: Any) -> None:

@@ -1,0 +1,363 @@
+"""Loading: each load has one task, its owner, which settles the load's entry whatever happens.
+
+The owner appraises the model from its headers, has memory promised, lets a worker thread load it,
+watches that thread, tries again where that may help, and in the end puts a ready or a failed entry
+into the table.  A thread can't be ended: one that is given up finds out at its next report, and
+what it had is released when it has ended, not before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from splitlearn_manager.core.deadlines import LoadClock, LoadDeadlines
+from splitlearn_manager.core.entries import AsyncManagedModel, FailedEntry, close_model
+from splitlearn_manager.core.events import ProgressEvent, ReloadFailedEvent, log_failed_reload
+from splitlearn_manager.core.failures import describe
+from splitlearn_manager.core.model_loader import LoadedModel, contained, run_load
+from splitlearn_manager.core.retry import RetryPolicy, may_heal
+from splitlearn_manager.core.states import LoadPhase, ModelStatus
+from splitlearn_manager.errors import LoadCancelledError, LoadTimeoutError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from splitlearn_core.estimate import MemoryEstimate
+    from splitlearn_core.machine import Memory
+    from splitlearn_manager.config.model_config import ModelConfig
+    from splitlearn_manager.core.entries import LoadingPlaceholder
+    from splitlearn_manager.core.executor import DaemonThreadPoolExecutor
+    from splitlearn_manager.core.model_loader import Loader
+    from splitlearn_manager.core.owners import Owners
+    from splitlearn_manager.core.resources import Reservation, ResourceManager
+    from splitlearn_manager.core.table import ModelTable
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+TICK = 0.25
+"""Seconds between two looks at a load: for its deadlines, and for those who watch its progress."""
+
+Sleep = Callable[[float], Awaitable[None]]
+
+
+class Gate(Protocol):
+    """Who promises memory to loads."""
+
+    async def reserve(self, model_id: str, nbytes: int, device: str, memory: Memory) -> Reservation:
+        """Return the promise, or raise why there is none."""
+
+
+@dataclass(frozen=True)
+class LoadPolicy:
+    """How patient loads are.
+
+    Attributes:
+        deadlines: When one is given up.
+        retry: When one is tried again.
+        sleep: Waits between two attempts.
+    """
+
+    deadlines: LoadDeadlines = field(default_factory=LoadDeadlines)
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+    sleep: Sleep = asyncio.sleep
+
+
+class Loads:
+    """The loads of one manager.
+
+    Args:
+        table: Where they are settled.
+        lock: The manager's.
+        owners: Who keeps their tasks.
+        executor: Whose threads load.
+        loader: What they run.
+        resources: What there is.
+        gate: Who promises it.
+        policy: How patient they are.
+        replaced: Called with a model that a reload has replaced, to drain it.
+        became_ready: Called with every model that has become ready.
+    """
+
+    def __init__(
+        self,
+        table: ModelTable,
+        lock: asyncio.Lock,
+        owners: Owners,
+        executor: DaemonThreadPoolExecutor,
+        loader: Loader,
+        resources: ResourceManager,
+        gate: Gate,
+        policy: LoadPolicy,
+        replaced: Callable[[AsyncManagedModel], None],
+        became_ready: Callable[[AsyncManagedModel], None],
+    ) -> None:
+        self._table = table
+        self._lock = lock
+        self._owners = owners
+        self._executor = executor
+        self._loader = loader
+        self._resources = resources
+        self._gate = gate
+        self._policy = policy
+        self._replaced = replaced
+        self._became_ready = became_ready
+
+    def start(self, config: ModelConfig, reason: str) -> LoadingPlaceholder:
+        """Take a model's place in the table, and start the task that owns its load."""
+        placeholder = self._table.new_placeholder(config)
+        self._table.move(placeholder, ModelStatus.LOADING, reason)
+        self._own(placeholder, "load")
+        return placeholder
+
+    def start_successor(self, config: ModelConfig) -> LoadingPlaceholder:
+        """Start a load that will replace the ready model of the same id, if it succeeds."""
+        placeholder = self._table.new_placeholder(config)
+        self._table.successors[config.model_id] = placeholder
+        self._own(placeholder, "reload")
+        return placeholder
+
+    def cancel(
+        self, placeholder: LoadingPlaceholder, error: Exception, *, patient: bool = False
+    ) -> None:
+        """End a load with `error`.
+
+        Args:
+            placeholder: The load.
+            error: What those who wait for it are told.
+            patient: Let a thread that is at it find out by itself; otherwise, the entry is settled
+                in the owner's next step, and the thread is left to end when it can.
+        """
+        placeholder.progress.stop(error)
+        work = placeholder.work
+        busy = work is not None and work.running()
+        if placeholder.owner is not None and not (patient and busy):
+            placeholder.owner.cancel()
+
+    def _own(self, placeholder: LoadingPlaceholder, kind: str) -> None:
+        name = f"{kind} of model {placeholder.model_id}"
+        placeholder.owner = self._owners.own(self._load(placeholder), name)
+
+    # --- One load --------------------------------------------------------------------------
+
+    async def _load(self, placeholder: LoadingPlaceholder) -> None:
+        """Own a load: every way out of here settles the placeholder."""
+        try:
+            loaded, estimate = await self._attempts(placeholder)
+            await self._make_ready(placeholder, loaded, estimate)
+        except BaseException as error:
+            self._make_failed(placeholder, error)
+            if not isinstance(error, Exception | asyncio.CancelledError):
+                raise
+
+    async def _attempts(
+        self, placeholder: LoadingPlaceholder
+    ) -> tuple[LoadedModel, MemoryEstimate]:
+        """Try until it succeeds, or until trying again makes no sense."""
+        failures = 0
+        while True:
+            try:
+                return await self._attempt(placeholder)
+            except Exception as error:
+                failures += 1
+                delay = self._policy.retry.delay(failures, error)
+                if delay is None or placeholder.progress.stopped is not None:
+                    raise
+                _give_back(placeholder)
+                logger.warning(
+                    "loading model %s failed (%s); trying again in %.1f s",
+                    placeholder.model_id,
+                    describe(error),
+                    delay,
+                )
+            placeholder.progress.enter(LoadPhase.QUEUED)
+            await self._policy.sleep(delay)
+
+    async def _attempt(self, placeholder: LoadingPlaceholder) -> tuple[LoadedModel, MemoryEstimate]:
+        """Appraise, reserve, load."""
+        config, progress = placeholder.config, placeholder.progress
+        estimate, memory = await self._work(placeholder, self._appraise, config)
+        progress.enter(LoadPhase.WAITING_FOR_MEMORY)
+        progress(0, estimate.steady_bytes)
+        placeholder.reservation = await self._gate.reserve(
+            placeholder.model_id, estimate.peak_bytes, config.device, memory
+        )
+        loaded = await self._work(placeholder, run_load, self._loader, config, progress)
+        return loaded, estimate
+
+    def _appraise(self, config: ModelConfig) -> tuple[MemoryEstimate, Memory]:
+        """Return what a load will need, and what there is; in a worker thread, as it may take long.
+
+        The capacity is looked up as well, so that it is known when the lock is held.
+        """
+        with contained(config):
+            estimate = self._loader.estimate(config)
+            self._resources.capacity(config.device)
+            return estimate, self._resources.memory(config.device)
+
+    async def _work(self, placeholder: LoadingPlaceholder, fn: Callable[..., T], *args: Any) -> T:
+        """Run one step of a load in a worker thread, and watch it.
+
+        Raises:
+            LoadTimeoutError: It does not move, or takes too long.
+        """
+        future = self._executor.submit(fn, *args)
+        placeholder.work = future
+        result = asyncio.wrap_future(future)
+        result.add_done_callback(_look_at)
+        clock = LoadClock(self._policy.deadlines, time.monotonic())
+        while not result.done():
+            await asyncio.wait({result}, timeout=TICK)
+            if not result.done():
+                self._watch(placeholder, clock, running=future.running())
+        return result.result()
+
+    def _watch(self, placeholder: LoadingPlaceholder, clock: LoadClock, *, running: bool) -> None:
+        """Look once at a load under way."""
+        progress, now = placeholder.progress, time.monotonic()
+        if progress.phase is LoadPhase.READING or progress.phase is LoadPhase.DOWNLOADING:
+            placeholder.pace.sample(now, progress.bytes_done)
+        self._table.bus.publish(progress_event(placeholder))
+        if not running:
+            clock.pause(now)
+        elif why := clock.overdue(progress.mark(), progress.bytes_total, now):
+            raise LoadTimeoutError(
+                f"the load of model {placeholder.model_id!r} {why} ({progress.phase.value},"
+                f" {progress.bytes_done} of {progress.bytes_total} bytes)"
+            )
+
+    # --- Its end ---------------------------------------------------------------------------
+
+    async def _make_ready(
+        self, placeholder: LoadingPlaceholder, loaded: LoadedModel, estimate: MemoryEstimate
+    ) -> None:
+        """Put the model in the place that was held for it, with the memory that it really takes.
+
+        Raises:
+            ManagerError: The load was told to stop, or was given up and the place is another's:
+                a thread that comes late never overwrites a newer entry.
+        """
+        async with self._lock:
+            placeholder.progress.check()
+            if not self._is_current(placeholder):
+                raise LoadCancelledError("the load was given up before it ended")
+            managed = AsyncManagedModel(
+                placeholder.model_id,
+                loaded.model,
+                placeholder.config,
+                generation=placeholder.generation,
+                reservation=placeholder.reservation,
+                resident_bytes=loaded.resident_bytes or 0,
+                operation_id=placeholder.operation_id,
+            )
+            _settle_reservation(placeholder, loaded, estimate)
+            self._put(placeholder, managed)
+            placeholder.settle(managed)
+            self._became_ready(managed)
+
+    def _put(self, placeholder: LoadingPlaceholder, managed: AsyncManagedModel) -> None:
+        """Make the move into the table."""
+        if self._table.successors.get(placeholder.model_id) is placeholder:
+            del self._table.successors[placeholder.model_id]
+            self._replaced(self._table.replace(managed, "reloaded"))
+        else:
+            self._table.move(managed, ModelStatus.READY, "loaded")
+
+    def _make_failed(self, placeholder: LoadingPlaceholder, error: BaseException) -> None:
+        """Put the reason in the place that was held for the model.
+
+        Synchronous, and without the lock, so that a task that is being cancelled gets through:
+        nobody holds the lock while another task runs, so that one step needs none.  A thread that
+        is still at the load is asked to stop.
+        """
+        cause = error if isinstance(error, Exception) else placeholder.cancellation()
+        placeholder.progress.stop(LoadCancelledError("the load was given up before it ended"))
+        current = self._is_current(placeholder)
+        retry = self._policy.retry
+        pause = retry.pause(retry.attempts) if may_heal(cause) else None
+        failed = FailedEntry(placeholder, cause, pause)
+        _give_back(placeholder)
+        if self._table.successors.get(placeholder.model_id) is placeholder:
+            del self._table.successors[placeholder.model_id]
+            self._tell_failed_reload(failed)
+        elif current:
+            self._table.move(failed, ModelStatus.FAILED, failed.reason, code=failed.code)
+        placeholder.settle(failed)
+
+    def _tell_failed_reload(self, failed: FailedEntry) -> None:
+        """Tell that a model stays as it was."""
+        event = ReloadFailedEvent(
+            failed.model_id,
+            failed.generation,
+            failed.operation_id,
+            failed.reason,
+            failed.code,
+            failed.failed_at,
+        )
+        log_failed_reload(event)
+        self._table.bus.publish(event)
+
+    def _is_current(self, placeholder: LoadingPlaceholder) -> bool:
+        """Whether the place in the table is still the one that this load took."""
+        return self._table.load_under_way(placeholder.model_id) is placeholder
+
+
+def progress_event(placeholder: LoadingPlaceholder) -> ProgressEvent:
+    """Return how far a load is."""
+    motion = placeholder.motion()
+    return ProgressEvent(
+        model_id=placeholder.model_id,
+        generation=placeholder.generation,
+        operation_id=placeholder.operation_id,
+        at=time.time(),
+        **motion,
+    )
+
+
+def _settle_reservation(
+    placeholder: LoadingPlaceholder, loaded: LoadedModel, estimate: MemoryEstimate
+) -> None:
+    """Let the measured size of a model replace the estimate of its load."""
+    if placeholder.reservation is None:
+        return
+    measured = loaded.resident_bytes
+    size = estimate.steady_bytes if measured is None else measured
+    if short := placeholder.reservation.resize(size):
+        logger.warning(
+            "model %s takes %d bytes, which is %d more than could be reserved for it",
+            placeholder.model_id,
+            size,
+            short,
+        )
+
+
+def _give_back(placeholder: LoadingPlaceholder) -> None:
+    """Release what a failed load has: now, or when a thread that is still at it has ended."""
+    work, reservation = placeholder.work, placeholder.reservation
+    placeholder.work = placeholder.reservation = None
+    if reservation is not None:
+        reservation.leaving = True
+    if work is not None:
+        work.cancel()
+        work.add_done_callback(partial(_discard, reservation))
+
+
+def _discard(reservation: Reservation | None, work: Future[Any]) -> None:
+    """Close a model that nobody waits for any more, and release its memory."""
+    if not work.cancelled() and work.exception() is None and isinstance(work.result(), LoadedModel):
+        close_model(work.result().model)
+    if reservation is not None:
+        reservation.release()
+
+
+def _look_at(result: asyncio.Future[Any]) -> None:
+    """Note the error of a step that nobody waits for any more, so that asyncio does not."""
+    if not result.cancelled():
+        result.exception()

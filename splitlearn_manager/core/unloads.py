@@ -1,0 +1,151 @@
+"""Unloading: each unload has one task, its owner, which removes the entry whatever happens.
+
+A model is drained (its leases end, or are ended at the deadline), then closed in its own thread,
+and it is gone when its memory is back.  Where that can't be had, because a forward hangs or
+somebody still refers to the model, the entry goes all the same, what is missing is said, and the
+memory stays reserved until it is really free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import weakref
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from splitlearn_manager.core.drain import Drain
+from splitlearn_manager.core.states import ABSENT, ModelStatus
+from splitlearn_manager.core.table import new_operation_id
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+
+    from splitlearn_manager.core.entries import AsyncManagedModel
+    from splitlearn_manager.core.owners import Owners
+    from splitlearn_manager.core.resources import Reservation
+    from splitlearn_manager.core.table import ModelTable
+
+logger = logging.getLogger(__name__)
+
+DRAIN_TIMEOUT = 20.0
+"""Seconds that uses in flight are given, where the caller says nothing."""
+
+GRACE = 5.0
+"""Seconds that those whose time is up are given to go, and then a model's thread to end."""
+
+
+class Unloads:
+    """The unloads of one manager.
+
+    Args:
+        table: Whose entries they remove.
+        owners: Who keeps their tasks.
+        grace: Seconds for what was ended to go.
+    """
+
+    def __init__(self, table: ModelTable, owners: Owners, grace: float = GRACE) -> None:
+        self._table = table
+        self._owners = owners
+        self._grace = grace
+
+    def start(
+        self, managed: AsyncManagedModel, reason: str, seconds: float | None, code: str = ""
+    ) -> None:
+        """Refuse new uses, and start the task that owns the unload.
+
+        Args:
+            managed: A model that is ready, or that was replaced.
+            reason: Why, in words.
+            seconds: The deadline of its drain; `None` for none.
+            code: Why, in a word for programs.
+        """
+        managed.operation_id = new_operation_id()
+        managed.stop_timer()
+        self._table.move(managed, ModelStatus.UNLOADING, reason, code=code)
+        if managed.reservation is not None:
+            managed.reservation.leaving = True
+        managed.drain = Drain(managed, seconds, self._grace)
+        self._owners.own(
+            self._unload(managed, managed.drain), f"unload of model {managed.model_id}"
+        )
+
+    async def wait(self, managed: AsyncManagedModel, seconds: float | None) -> bool:
+        """Wait for the end of an unload; return whether all of the memory is back.
+
+        Args:
+            managed: What is being unloaded.
+            seconds: A deadline for its drain, which counts if it comes before the one it has.
+        """
+        if managed.drain is not None:
+            managed.drain.shorten(seconds)
+        await managed.gone()
+        return managed.unreturned_bytes == 0
+
+    async def _unload(self, managed: AsyncManagedModel, drain: Drain) -> None:
+        """Own an unload."""
+        try:
+            await drain.ended()
+            closing = asyncio.wrap_future(managed.close())
+            await asyncio.wait({closing}, timeout=self._grace)
+        except asyncio.CancelledError:
+            logger.warning("the drain of model %s was given up", managed.model_id)
+        finally:
+            self._settle(managed)
+
+    def _settle(self, managed: AsyncManagedModel) -> None:
+        """Remove the entry, and see to it that its memory is accounted for."""
+        closed = managed.close()
+        managed.unreturned_bytes = _unreturned(managed, closed)
+        missing = managed.unreturned_bytes
+        reason = f"unloaded, but {missing} bytes are not back" if missing else "unloaded"
+        if missing:
+            logger.warning("model %s: %s", managed.model_id, _why_not_back(managed, closed))
+        closed.add_done_callback(partial(_release, managed.reservation))
+        self._table.move(managed, ABSENT, reason, unreturned=missing)
+        managed.mark_gone()
+
+
+def check_timeout(seconds: float | None) -> float | None:
+    """Return a time limit as asyncio has it: `None` is for ever; given `None`, the usual one.
+
+    Raises:
+        ValueError: It is negative, or not a number.
+    """
+    if seconds is None:
+        return DRAIN_TIMEOUT
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise ValueError(f"a timeout must be a number of seconds, found {seconds!r}")  # noqa: TRY004
+    if math.isnan(seconds) or seconds < 0:
+        raise ValueError(f"a timeout must be 0 seconds or more, found {seconds!r}")
+    return None if math.isinf(seconds) else seconds
+
+
+def _unreturned(managed: AsyncManagedModel, closed: Future[Any]) -> int:
+    """Return what of a model's memory is not back."""
+    if closed.done() and not closed.cancelled() and closed.result() is None:
+        return 0
+    return managed.resident_bytes
+
+
+def _why_not_back(managed: AsyncManagedModel, closed: Future[Any]) -> str:
+    """Say why memory is not back."""
+    what = f"{managed.resident_bytes} bytes are not back and stay reserved"
+    if not closed.done():
+        return f"{what}: its thread is still in a forward"
+    return f"{what}: something else still refers to the model"
+
+
+def _release(reservation: Reservation | None, closed: Future[Any]) -> None:
+    """Release a model's memory, once nothing refers to it any more."""
+    if reservation is None:
+        return
+    alive: Callable[[], Any] | None = None if closed.cancelled() else closed.result()
+    model = None if alive is None else alive()
+    if model is None:
+        reservation.release()
+        return
+    reservation.leaving, reservation.lingering = False, True
+    weakref.finalize(model, reservation.release).atexit = False
