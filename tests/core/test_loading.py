@@ -341,6 +341,12 @@ def test_another_architecture_than_asked_for(make_checkpoint: Callable[..., Any]
         load_split_model("qwen2", [2, 4], make_checkpoint("llama").path)
 
 
+@pytest.mark.parametrize("name", ["", "a\0b", "owner/\ud800", "./\udcff"], ids=ascii)
+def test_what_can_be_the_name_of_nothing(name: str) -> None:
+    with pytest.raises(ValueError, match="is no model's name or path: it is empty, or holds a N"):
+        load_component(name, "full")
+
+
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "a/b/c", "no.pth"])
 def test_no_model_there(name: str) -> None:
     with pytest.raises(ModelSourceError, match=name):
