@@ -88,8 +88,11 @@ class SafetensorsSource:
 
     @classmethod
     def of(cls, files: CheckpointFiles) -> SafetensorsSource:
-        """Open the checkpoint among `files`: an index with its shards, or a single file."""
-        index = files.find(INDEX_FILE)
+        """Open the checkpoint among `files`: a single file, or an index with its shards.
+
+        Where there are both the single file is taken: so does transformers.
+        """
+        index = None if files.find(SINGLE_FILE) else files.find(INDEX_FILE)
         if index is not None:
             return cls(files, read_index(index))
         source = cls(files, {})
@@ -190,8 +193,8 @@ class TorchFileSource:
 
     @classmethod
     def of(cls, files: CheckpointFiles) -> TorchFileSource:
-        """Open the checkpoint among `files`: an index with its shards, or a single file."""
-        index = files.find(BIN_INDEX_FILE)
+        """Open the checkpoint among `files`: as `SafetensorsSource.of` does."""
+        index = None if files.find(BIN_FILE) else files.find(BIN_INDEX_FILE)
         if index is not None:
             return cls(files, read_index(index))
         return cls.single(files, BIN_FILE)
