@@ -8,7 +8,8 @@
       KEY.lock               held by whoever fetches it
 
 KEY stands for the set of tensors.  A finished file is never written to again, so that it may stay
-mapped; to make room, delete whatever you like.
+mapped; to make room, delete whatever you like.  Unfinished files that nobody goes on with, and
+locks, are removed after a while: `stale.py`.
 """
 
 from __future__ import annotations
