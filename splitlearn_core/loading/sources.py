@@ -35,11 +35,28 @@ BIN_INDEX_FILE = "pytorch_model.bin.index.json"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What is known of a stored tensor before it is read."""
+    """What is known of a stored tensor before it is read.
+
+    Attributes:
+        dtype: As it is stored.
+        shape: Sizes of its dimensions.
+        nbytes: As it is stored.
+        common: What it becomes where no dtype is asked for; `None`: it stays as it is.
+        float32_in: Among weights of these dtypes it is one that stays float32.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     nbytes: int
+    common: torch.dtype | None = None
+    float32_in: frozenset[torch.dtype] = frozenset()
+
+    def final_dtype(self, wanted: torch.dtype | None) -> torch.dtype:
+        """Return the dtype that it ends up with, where `wanted` (or none) is asked for."""
+        if not self.dtype.is_floating_point:
+            return self.dtype
+        dtype = wanted or self.common or self.dtype
+        return torch.float32 if dtype in self.float32_in else dtype
 
 
 class TensorSource(Protocol):
