@@ -848,6 +848,17 @@ class TestEndings:
         assert hub.weights_sent - sent == nbytes(single) - recorded
         assert not cached(tmp_path, "*.partial")
 
+    def test_a_process_that_is_killed_at_its_last_step_leaves_nothing(
+        self, single: Path, open_model: Callable[..., TensorSource], tmp_path: Path
+    ) -> None:
+        with LoopbackHub({REPO: single}).run() as hub:
+            load(open_model(hub))
+            (path,) = cached(tmp_path, "*.safetensors")
+            path.with_suffix(".journal").touch()
+            load(open_model(hub))
+
+        assert not cached(tmp_path, "*.journal")
+
     @pytest.mark.parametrize(
         "damage", [lambda _: b"", lambda data: data[:-3], lambda _: b"{}\n1 9"]
     )
