@@ -85,7 +85,7 @@ def draw_each(
         names = names or map_names(model, source.names(), checkpoint)
         inlet = prune(model, family, spec)
         check_tables(model, checkpoint)
-        reads = plan_reads(model, names, source, checkpoint)
+        reads = plan_reads(model, names, source, checkpoint, getattr(config, "dtype", None))
         yield Blueprint(model, family, inlet, reads)
 
 

@@ -42,8 +42,8 @@ def estimate_tensors(stored: Iterable[StoredTensor], placement: Placement) -> Me
     steady = 0
     largest_passing = 0
     for tensor in stored:
-        final = placement.final_dtype(tensor.dtype)
+        final = placement.final_dtype(tensor)
         steady += tensor.nbytes // tensor.dtype.itemsize * final.itemsize
-        if placement.copies(tensor.dtype):
+        if placement.copies(tensor):
             largest_passing = max(largest_passing, tensor.nbytes)
     return MemoryEstimate(steady + largest_passing, steady)

@@ -277,9 +277,8 @@ class _Reporter:
 
 def _final_dtype(stored: Iterable[StoredTensor], placement: Placement) -> torch.dtype:
     """Return the dtype that the first of a part's weights will have."""
-    dtypes = [tensor.dtype for tensor in stored]
-    floating = (dtype for dtype in dtypes if dtype.is_floating_point)
-    return placement.final_dtype(next(floating, dtypes[0]))
+    dtypes = [placement.final_dtype(tensor) for tensor in stored]
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), dtypes[0])
 
 
 def _cuts(parts: Sequence[PartReport]) -> Iterator[CutReport]:

@@ -213,7 +213,7 @@ def _tensors(reads: PartReads, dtype: torch.dtype | None) -> dict[str, TensorSpe
     """Return what becomes of the stored tensors that a part needs."""
     placement = Placement(torch.device("cpu"), dtype)
     return {
-        name: TensorSpec(placement.final_dtype(stored.dtype), stored.shape)
+        name: TensorSpec(placement.final_dtype(stored), stored.shape)
         for name, stored in reads.stored.items()
     }
 

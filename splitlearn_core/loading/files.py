@@ -9,6 +9,7 @@ from typing import Protocol
 from platformdirs import user_cache_path
 
 from splitlearn_core.errors import CheckpointError, ModelSourceError
+from splitlearn_core.messages import short
 from splitlearn_core.regular_files import refuse_unless_regular
 from splitlearn_core.shape import CONFIG_FILE
 
@@ -124,8 +125,10 @@ def find_files(
 
     Raises:
         ModelSourceError: (a `FileNotFoundError`) Nothing is there; says what was looked for.
+        ValueError: What is given can be the name of nothing.
     """
     name = os.fspath(model_name_or_path)
+    _check_text(name)
     if name.startswith(BUILTIN_PREFIX):
         return FolderFiles(_builtin(name.removeprefix(BUILTIN_PREFIX)))
     path = Path(name).expanduser()
@@ -164,6 +167,15 @@ def _single_file(path: Path) -> FolderFiles:
             f" {', '.join(TORCH_SUFFIXES)}"
         )
     return FolderFiles(path.parent, weights_file=path.name)
+
+
+def _check_text(name: str) -> None:
+    """Refuse what no system takes for a path and no hub for a name, and no message could show."""
+    if not name or "\0" in name or any("\ud800" <= character <= "\udfff" for character in name):
+        raise ValueError(
+            f"{short(name)} is no model's name or path: it is empty, or holds a NUL or a lone"
+            " surrogate"
+        )
 
 
 def _may_be_hub_name(name: str) -> bool:

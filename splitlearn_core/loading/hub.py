@@ -122,6 +122,11 @@ class HubFiles:
         return PartCache(self._parts_dir / folder / self.commit)
 
     @property
+    def parts_folder(self) -> Path:
+        """Where fetched parts are kept, those of all models."""
+        return self._parts_dir
+
+    @property
     def whole_folders(self) -> list[Path]:
         """The folders that hold this commit's whole files: in our cache, in the hub client's."""
         folder = repo_folder_name(repo_id=self.repo_id, repo_type="model")

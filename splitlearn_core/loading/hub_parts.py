@@ -16,6 +16,7 @@ from splitlearn_core.loading.part_cache import Partial, RemoteHeader, locked, st
 from splitlearn_core.loading.ranges import lay_out, without
 from splitlearn_core.loading.remote import AbsentFileError, RangesIgnoredError
 from splitlearn_core.loading.retries import patiently
+from splitlearn_core.loading.stale import remove_stale
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -138,6 +139,7 @@ class HubParts:
         self, final: Path, tensors: Mapping[str, Located], progress: Progress, total: int
     ) -> None:
         """Fetch a part's file; the caller holds its lock."""
+        remove_stale(self._files.parts_folder)
         files = sorted({located.file for located in tensors.values()})
         identities = {file: self._identities[file] for file in files}
         layout = lay_out(tensors, self._metadata())

@@ -197,16 +197,25 @@ def open_hub_source(files: HubFiles, options: FetchOptions | None = None) -> Ten
 
 
 def _open_safetensors(files: HubFiles, parts: HubParts) -> HubSource | None:
+    header = _single_header(files, parts)
+    if header is not None:
+        return HubSource(files, parts, dict.fromkeys(header, SINGLE_FILE))
     index = files.find(INDEX_FILE)
-    if index is not None:
-        return HubSource(files, parts, read_index(index))
+    return None if index is None else HubSource(files, parts, read_index(index))
+
+
+def _single_header(files: HubFiles, parts: HubParts) -> dict[str, TensorInfo] | None:
+    """Return the header of the single file; `None` where there is none.
+
+    An index is fetched only after the single file was looked for, here and by transformers: where
+    it is in the cache, and the file is not, the hub need not be asked again.
+    """
     path = files.local(SINGLE_FILE)
     if path is not None:
-        return HubSource(files, parts, dict.fromkeys(read_header(path), SINGLE_FILE))
-    header = header_or_whole(files, parts, SINGLE_FILE, HEADER_GUESS)
-    if header is None:
+        return read_header(path)
+    if files.local(INDEX_FILE) is not None:
         return None
-    return HubSource(files, parts, dict.fromkeys(header, SINGLE_FILE))
+    return header_or_whole(files, parts, SINGLE_FILE, HEADER_GUESS)
 
 
 def header_or_whole(
@@ -235,12 +244,12 @@ def fetch_whole(files: HubFiles) -> FolderFiles:
 
 def _weights(files: HubFiles) -> list[str]:
     """Return the names of the weights files, safetensors where there are any."""
-    for index_name, single in ((INDEX_FILE, SINGLE_FILE), (BIN_INDEX_FILE, BIN_FILE)):
+    for single, index_name in ((SINGLE_FILE, INDEX_FILE), (BIN_FILE, BIN_INDEX_FILE)):
+        if files.local(single) or files.find(single):
+            return [single]
         index = files.find(index_name)
         if index is not None:
             return [index_name, *sorted(set(read_index(index).values()))]
-        if files.local(single) or files.find(single):
-            return [single]
     raise no_weights(files)
 
 

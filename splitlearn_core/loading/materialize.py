@@ -18,6 +18,7 @@ from splitlearn_core.dtypes import dtype_name
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.headers import listed
 from splitlearn_core.loading.conversion import check_conversions, convert
+from splitlearn_core.loading.precision import settle_dtypes
 from splitlearn_core.skeleton import initialise_buffers
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Placement:
 
     Attributes:
         device: Where it goes.
-        dtype: What it is cast to; `None` keeps what is stored.
+        dtype: What it is cast to; `None` keeps what is stored, as `precision.py` has it.
         mmap: Whether it may stay a view of the mapped file.
     """
 
@@ -46,14 +47,14 @@ class Placement:
     dtype: torch.dtype | None = None
     mmap: bool = True
 
-    def final_dtype(self, stored: torch.dtype) -> torch.dtype:
-        """Return the dtype that a tensor of dtype `stored` ends up with."""
-        wants_cast = self.dtype is not None and stored.is_floating_point
-        return self.dtype if self.dtype is not None and wants_cast else stored
+    def final_dtype(self, stored: StoredTensor) -> torch.dtype:
+        """Return the dtype that a stored tensor ends up with."""
+        return stored.final_dtype(self.dtype)
 
-    def copies(self, stored: torch.dtype) -> bool:
-        """Whether a tensor of dtype `stored` needs memory of its own."""
-        return not self.mmap or self.device.type != "cpu" or self.final_dtype(stored) is not stored
+    def copies(self, stored: StoredTensor) -> bool:
+        """Whether a stored tensor needs memory of its own."""
+        stays = self.mmap and self.device.type == "cpu"
+        return not stays or self.final_dtype(stored) is not stored.dtype
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,20 @@ class PartReads:
 
 
 def plan_reads(
-    part: PreTrainedModel, names: NameMap, source: TensorSource, checkpoint: str
+    part: PreTrainedModel,
+    names: NameMap,
+    source: TensorSource,
+    checkpoint: str,
+    dtype: torch.dtype | None = None,
 ) -> PartReads:
     """Return what `part` (pruned, on meta) needs from `source`.
+
+    Args:
+        part: Of the model that the names were mapped for.
+        names: From `map_names`.
+        source: Where the tensors are.
+        checkpoint: Names it in errors.
+        dtype: The one that the model's config names.
 
     Raises:
         CheckpointError: Tensors are missing, of another shape than the config says, or strangers;
@@ -102,6 +114,7 @@ def plan_reads(
             f" {listed(names.unknown)}"
         )
     stored = {name: source.info(name) for recipe in recipes.values() for name in recipe.stored}
+    stored = settle_dtypes(part, recipes.values(), stored, source, dtype)
     reads = PartReads(recipes, stored, names.ties)
     _check_fit(targets, reads, source)
     check_conversions(part, recipes.values(), stored, source)
@@ -132,7 +145,7 @@ def materialize(
     for recipe, targets in reads.distinct():
         if progress is not None:
             progress(done, reads.nbytes)
-        values = _cook(part, recipe, source, placement)
+        values = _cook(part, recipe, reads, source, placement)
         for target in targets:
             _assign(part, target, _value_for(target, recipe, values, reads.ties))
         done += sum(reads.stored[name].nbytes for name in recipe.stored)
@@ -171,10 +184,17 @@ def _misfits(
 
 
 def _cook(
-    part: PreTrainedModel, recipe: Recipe, source: TensorSource, placement: Placement
+    part: PreTrainedModel,
+    recipe: Recipe,
+    reads: PartReads,
+    source: TensorSource,
+    placement: Placement,
 ) -> dict[str, torch.Tensor]:
     """Read what a recipe needs, and return the tensors that it makes, by the model's names."""
-    tensors = (_place(source.read(name), placement) for name in recipe.stored)
+    tensors = (
+        _place(source.read(name), placement, placement.final_dtype(reads.stored[name]))
+        for name in recipe.stored
+    )
     if recipe.converter is None:
         return {recipe.target: next(tensors)}
     return convert(part, recipe, tensors, source)
@@ -193,9 +213,8 @@ def _value_for(
     )
 
 
-def _place(tensor: torch.Tensor, placement: Placement) -> torch.Tensor:
+def _place(tensor: torch.Tensor, placement: Placement, dtype: torch.dtype) -> torch.Tensor:
     """Return `tensor` where and how it is wanted."""
-    dtype = placement.final_dtype(tensor.dtype)
     moved = tensor.to(device=placement.device, dtype=dtype)
     is_view = moved.data_ptr() == tensor.data_ptr()
     return moved.clone() if is_view and not placement.mmap else moved

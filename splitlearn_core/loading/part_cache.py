@@ -8,7 +8,8 @@
       KEY.lock               held by whoever fetches it
 
 KEY stands for the set of tensors.  A finished file is never written to again, so that it may stay
-mapped; to make room, delete whatever you like.
+mapped; to make room, delete whatever you like.  Unfinished files that nobody goes on with, and
+locks, are removed after a while: `stale.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -89,6 +90,8 @@ class PartCache:
         for path in (own, *(path for path in self._finished() if path != own)):
             stored = self._read(path)
             if stored is not None and all(_fits(stored, n, t) for n, t in tensors.items()):
+                with suppress(OSError):  # of a fetch that was killed at its last step
+                    path.with_suffix(".journal").unlink(missing_ok=True)
                 return path
         return None
 

@@ -35,11 +35,28 @@ BIN_INDEX_FILE = "pytorch_model.bin.index.json"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What is known of a stored tensor before it is read."""
+    """What is known of a stored tensor before it is read.
+
+    Attributes:
+        dtype: As it is stored.
+        shape: Sizes of its dimensions.
+        nbytes: As it is stored.
+        common: What it becomes where no dtype is asked for; `None`: it stays as it is.
+        float32_in: Among weights of these dtypes it is one that stays float32.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     nbytes: int
+    common: torch.dtype | None = None
+    float32_in: frozenset[torch.dtype] = frozenset()
+
+    def final_dtype(self, wanted: torch.dtype | None) -> torch.dtype:
+        """Return the dtype that it ends up with, where `wanted` (or none) is asked for."""
+        if not self.dtype.is_floating_point:
+            return self.dtype
+        dtype = wanted or self.common or self.dtype
+        return torch.float32 if dtype in self.float32_in else dtype
 
 
 class TensorSource(Protocol):
@@ -88,8 +105,11 @@ class SafetensorsSource:
 
     @classmethod
     def of(cls, files: CheckpointFiles) -> SafetensorsSource:
-        """Open the checkpoint among `files`: an index with its shards, or a single file."""
-        index = files.find(INDEX_FILE)
+        """Open the checkpoint among `files`: a single file, or an index with its shards.
+
+        Where there are both the single file is taken: so does transformers.
+        """
+        index = None if files.find(SINGLE_FILE) else files.find(INDEX_FILE)
         if index is not None:
             return cls(files, read_index(index))
         source = cls(files, {})
@@ -190,8 +210,8 @@ class TorchFileSource:
 
     @classmethod
     def of(cls, files: CheckpointFiles) -> TorchFileSource:
-        """Open the checkpoint among `files`: an index with its shards, or a single file."""
-        index = files.find(BIN_INDEX_FILE)
+        """Open the checkpoint among `files`: as `SafetensorsSource.of` does."""
+        index = None if files.find(BIN_FILE) else files.find(BIN_INDEX_FILE)
         if index is not None:
             return cls(files, read_index(index))
         return cls.single(files, BIN_FILE)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from splitlearn_core.loading.files import CheckpointFiles
-    from splitlearn_core.loading.sources import TensorSource
+    from splitlearn_core.loading.materialize import PartReads
 
 
 def open_whole_model(
@@ -74,16 +74,15 @@ def _load(
     num_layers = config.get_text_config(decoder=True).num_hidden_layers
     spec = SplitPlan.whole(num_layers).component(FULL)
     with closing(open_source(files)) as source:
-        skeleton = draw(config, spec, source, files.description).model
-        stored = _stored_dtype(source)
+        blueprint = draw(config, spec, source, files.description)
         tensors = {name: source.read(name) for name in source.names()}
     try:
         with building:
-            loaded: Any = type(skeleton).from_pretrained(
+            loaded: Any = type(blueprint.model).from_pretrained(
                 None,
                 config=copy.deepcopy(config),
                 state_dict=tensors,
-                dtype=dtype or stored,
+                dtype=dtype or _kept_dtype(blueprint.reads),
                 output_loading_info=True,
             )
     except Exception as error:
@@ -108,16 +107,11 @@ def _generation_config(path: Path) -> GenerationConfig:
         raise CheckpointError(f"{path} makes no sense: {in_one_line(error)}") from error
 
 
-def _stored_dtype(source: TensorSource) -> torch.dtype:
-    """Return the floating-point dtype that most of the stored tensors have."""
-    counts: dict[torch.dtype, int] = {}
-    for name in source.names():
-        dtype = source.info(name).dtype
-        if dtype.is_floating_point:
-            counts[dtype] = counts.get(dtype, 0) + 1
-    if not counts:
-        raise CheckpointError("the checkpoint holds no floating-point tensor")
-    return max(counts, key=lambda dtype: counts[dtype])
+def _kept_dtype(reads: PartReads) -> torch.dtype:
+    """Return the dtype that the weights have where none is asked for."""
+    floating = (tensor for tensor in reads.stored.values() if tensor.dtype.is_floating_point)
+    first = next(floating)  # a model without a single weight is none that could be built
+    return first.common or first.dtype
 
 
 def _check_report(report: dict[str, object], where: str) -> None:

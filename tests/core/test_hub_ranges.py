@@ -182,9 +182,31 @@ class TestWhatIsFetched:
         with LoopbackHub({REPO: sharded}).run() as hub:
             load(open_model(hub))
 
-        files = {asked.file for asked in hub.gets()}
+        files = {file for file in hub.fetched if file.endswith(".safetensors")}
         assert files == {f"model-{n:05}-of-00004.safetensors" for n in (2, 3)}
         assert hub.weights_sent <= 1.01 * nbytes(sharded) + 1.5 * header_bytes(sharded, files)
+
+    def test_of_a_single_file_and_an_index_the_file_is_taken(
+        self, single: Path, sharded: Path, open_model: Callable[..., TensorSource], tmp_path: Path
+    ) -> None:
+        """So does transformers."""
+        folder = tmp_path / "both"
+        shutil.copytree(sharded, folder)
+        shutil.copyfile(single / SINGLE, folder / SINGLE)
+        with LoopbackHub({REPO: folder}).run() as hub:
+            load(open_model(hub))
+            load(open_model(hub))
+
+        assert set(hub.fetched) == {SINGLE}
+
+    def test_the_second_start_does_not_look_for_a_single_file_again(
+        self, sharded: Path, open_model: Callable[..., TensorSource]
+    ) -> None:
+        with LoopbackHub({REPO: sharded}).run() as hub:
+            load(open_model(hub))
+            load(open_model(hub))
+
+        assert len(hub.gets(SINGLE)) == 1
 
     def test_one_request_for_each_run_of_neighbours(
         self, single: Path, open_model: Callable[..., TensorSource]
@@ -334,10 +356,11 @@ class TestTheCache:
         with LoopbackHub({REPO: sharded}).run() as hub:
             hf_hub_download(REPO, shard, cache_dir=theirs, endpoint=hub.address)
             before = sorted(theirs.rglob("*"))
-            hub.asked.clear()
+            hub.fetched.clear()
             load(open_model(hub))
 
-        assert {asked.file for asked in hub.gets()} == {"model-00003-of-00004.safetensors"}
+        assert hub.fetched.count(shard) == 0
+        assert "model-00003-of-00004.safetensors" in hub.fetched
         assert sorted(theirs.rglob("*")) == before
         (path,) = cached(tmp_path, "*.safetensors")
         assert set(load_file(path)) == set(part_names(6, 8))
@@ -824,6 +847,17 @@ class TestEndings:
         assert recorded > 0
         assert hub.weights_sent - sent == nbytes(single) - recorded
         assert not cached(tmp_path, "*.partial")
+
+    def test_a_process_that_is_killed_at_its_last_step_leaves_nothing(
+        self, single: Path, open_model: Callable[..., TensorSource], tmp_path: Path
+    ) -> None:
+        with LoopbackHub({REPO: single}).run() as hub:
+            load(open_model(hub))
+            (path,) = cached(tmp_path, "*.safetensors")
+            path.with_suffix(".journal").touch()
+            load(open_model(hub))
+
+        assert not cached(tmp_path, "*.journal")
 
     @pytest.mark.parametrize(
         "damage", [lambda _: b"", lambda data: data[:-3], lambda _: b"{}\n1 9"]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from splitlearn_core import CheckpointError, ModelFactory, ModelRegistry, SplitModel
 from splitlearn_core.errors import ModelSourceError, UnsupportedModelError
@@ -54,6 +56,31 @@ def test_sharded_checkpoint_reads_only_the_files_it_needs(
     hidden = torch.randn(2, 7, 32)
     _, whole_trunk, _ = load_split_model("llama", [2, 4], checkpoint.path)
     assert torch.equal(trunk(hidden), whole_trunk(hidden))  # type: ignore[operator, misc]
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_of_a_single_file_and_an_index_the_file_is_taken(
+    kind: str, make_checkpoint: Callable[..., Any], tmp_path: Path
+) -> None:
+    """So does transformers."""
+    shutil.copytree(make_checkpoint("llama", shard_size="20KB").path, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(make_checkpoint("llama").path / "model.safetensors")
+    changed = {name: tensor + 1 for name, tensor in tensors.items()}
+    if kind == "safetensors":
+        save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    else:
+        for path in tmp_path.glob("model*"):
+            path.unlink()
+        index = {"weight_map": dict.fromkeys(tensors, "shard.bin")}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        torch.save(tensors, tmp_path / "shard.bin")
+        torch.save(changed, tmp_path / "pytorch_model.bin")
+
+    head = AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight
+    assert torch.equal(head, changed["lm_head.weight"])
+    for low_memory in (False, True):
+        _, _, top = load_split_model("llama", [2, 4], tmp_path, low_memory=low_memory)
+        assert torch.equal(top.model.lm_head.weight, head)  # type: ignore[union-attr]
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="mappings are listed on Linux")
@@ -339,6 +366,12 @@ def test_unknown_architectures_list_the_known(damaged: Callable[..., Any]) -> No
 def test_another_architecture_than_asked_for(make_checkpoint: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="is a llama model, not qwen2"):
         load_split_model("qwen2", [2, 4], make_checkpoint("llama").path)
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "owner/\ud800", "./\udcff"], ids=ascii)
+def test_what_can_be_the_name_of_nothing(name: str) -> None:
+    with pytest.raises(ValueError, match="is no model's name or path: it is empty, or holds a N"):
+        load_component(name, "full")
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "a/b/c", "no.pth"])

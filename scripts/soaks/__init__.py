@@ -1,0 +1,1 @@
+"""The long campaigns, one a module; `scripts/soak.py` has the table."""
