@@ -101,7 +101,7 @@ def build_part(
 ) -> SplitModel:
     """Build one part, in evaluation mode.
 
-    Peak memory: the part plus one tensor, where tensors must be cast, moved or copied; otherwise
+    Peak memory: the part plus two tensors, where tensors must be cast, moved or copied; otherwise
     only what the mapped pages take that are touched.
 
     Args:
