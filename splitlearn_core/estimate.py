@@ -46,6 +46,6 @@ def estimate_tensors(stored: Iterable[StoredTensor], placement: Placement) -> Me
     for tensor in stored:
         final = placement.final_dtype(tensor)
         steady += tensor.nbytes // tensor.dtype.itemsize * final.itemsize
-        if placement.copies(tensor):
-            largest_passing = max(largest_passing, tensor.nbytes)
+        if tensor.nbytes > largest_passing and placement.copies(tensor):
+            largest_passing = tensor.nbytes
     return MemoryEstimate(steady + AT_ONCE * largest_passing, steady)

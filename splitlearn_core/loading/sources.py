@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -57,6 +57,16 @@ class StoredTensor:
             return self.dtype
         dtype = wanted or self.common or self.dtype
         return torch.float32 if dtype in self.float32_in else dtype
+
+
+def stored_as(info: TensorInfo) -> StoredTensor:
+    """Return what a header says of a tensor."""
+    return _stored_as(info.dtype, info.shape, info.nbytes)
+
+
+@lru_cache(maxsize=1024)  # experts are all alike
+def _stored_as(dtype: str, shape: tuple[int, ...], nbytes: int) -> StoredTensor:
+    return StoredTensor(BY_STORED_NAME[dtype], shape, nbytes)
 
 
 class TensorSource(Protocol):
@@ -129,8 +139,7 @@ class SafetensorsSource:
                 f"{self._files.describe(INDEX_FILE)} says that {name} lies in {file}, but it is"
                 " not there"
             )
-        info = header[name]
-        return StoredTensor(BY_STORED_NAME[info.dtype], info.shape, info.nbytes)
+        return stored_as(header[name])
 
     def prepare(self, names: Iterable[str], progress: Progress | None = None) -> None:
         """Do nothing: tensors are mapped where they lie."""
