@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 
     from splitlearn_core.loading.names import NameMap, Recipe
     from splitlearn_core.loading.sources import StoredTensor, TensorSource
-
-Progress = Callable[[int, int], None]
+    from splitlearn_core.loading.stages import Progress
 
 # Tensors that one message names.
 _SHOWN = 20
