@@ -14,6 +14,7 @@ from splitlearn_core.dtypes import as_dtype
 from splitlearn_core.estimate import MemoryEstimate, estimate_tensors
 from splitlearn_core.families import KNOWN_TYPES, family_of
 from splitlearn_core.loading.files import CheckpointFiles, find_files, local_config
+from splitlearn_core.loading.generation import generation_config_for
 from splitlearn_core.loading.materialize import Placement, Progress
 from splitlearn_core.loading.opening import open_source
 from splitlearn_core.loading.whole import open_whole_model
@@ -146,10 +147,14 @@ def load_component(
         progress_bar=verbose,
     )
     spec = _spec(model, component, split_points, allow_empty=allow_empty)
+    settings = generation_config_for(spec, model.files)
     with closing(open_source(model.files)) as source:
-        return build_part(
+        part = build_part(
             model.config, spec, source, placement, checkpoint=model.description, progress=progress
         )
+    if settings is not None:
+        part.model.generation_config = settings
+    return part
 
 
 def estimate_component(
@@ -323,9 +328,12 @@ def _build_all(
     tracker.snapshot("start")
     for spec in wanted:
         tracker.say(f"Loading component: {_describe(spec)}")
+        settings = generation_config_for(spec, model.files)
         built[spec.name] = build_part(
             model.config, spec, source, placements[spec.name], checkpoint=model.description
         )
+        if settings is not None:
+            built[spec.name].model.generation_config = settings
         tracker.snapshot(f"{spec.name} loaded")
         tracker.report()
     return built

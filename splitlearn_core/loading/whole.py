@@ -6,13 +6,12 @@ import copy
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from transformers import GenerationConfig
-
 from splitlearn_core.builder import draw
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.headers import listed
+from splitlearn_core.loading.generation import read_generation_config
 from splitlearn_core.loading.hub import HubFiles
-from splitlearn_core.loading.hub_source import GENERATION_CONFIG_FILE, fetch_whole
+from splitlearn_core.loading.hub_source import fetch_whole
 from splitlearn_core.loading.opening import open_source
 from splitlearn_core.loading.sources import StateDictSource
 from splitlearn_core.messages import in_one_line
@@ -20,8 +19,6 @@ from splitlearn_core.plan import FULL, SplitPlan
 from splitlearn_core.skeleton import building
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -55,9 +52,9 @@ def load_whole_model(
     """
     if isinstance(files, HubFiles):
         files = fetch_whole(files)
+    settings = read_generation_config(files)
     model = _load(files, config, dtype)
-    if (path := files.find(GENERATION_CONFIG_FILE)) is not None:
-        model.generation_config = _generation_config(path)
+    model.generation_config = settings
     return model
 
 
@@ -96,15 +93,6 @@ def _load(
     model.config.name_or_path = config.name_or_path
     model.eval()
     return model
-
-
-def _generation_config(path: Path) -> GenerationConfig:
-    """Read what the model's makers say about generating."""
-    try:
-        return GenerationConfig.from_pretrained(path.parent, path.name, local_files_only=True)
-    except Exception as error:
-        # it checks its fields, and raises what it likes
-        raise CheckpointError(f"{path} makes no sense: {in_one_line(error)}") from error
 
 
 def _kept_dtype(reads: PartReads) -> torch.dtype:
