@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from splitlearn_core.loading.materialize import PartReads, Progress
     from splitlearn_core.loading.names import NameMap
     from splitlearn_core.loading.sources import TensorSource
+    from splitlearn_core.passage import Passage
     from splitlearn_core.plan import ComponentSpec
-    from splitlearn_core.pruning import Inlet
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Blueprint:
     Attributes:
         model: Pruned, on the meta device.
         family: How the architecture is built.
-        inlet: Where its forwards find what they are given.
+        passage: Where its forwards find what they are given.
         reads: What it needs from the checkpoint.
     """
 
     model: PreTrainedModel
     family: Family
-    inlet: Inlet
+    passage: Passage
     reads: PartReads
 
 
@@ -83,10 +83,10 @@ def draw_each(
     for spec in specs:
         model = build_skeleton(copy.deepcopy(config), checkpoint)
         names = names or map_names(model, source.names(), checkpoint)
-        inlet = prune(model, family, spec)
+        passage = prune(model, family, spec)
         check_tables(model, checkpoint)
         reads = plan_reads(model, names, source, checkpoint, getattr(config, "dtype", None))
-        yield Blueprint(model, family, inlet, reads)
+        yield Blueprint(model, family, passage, reads)
 
 
 def build_part(
@@ -122,7 +122,7 @@ def build_part(
     report = _never_back(progress) if progress is not None else None
     source.prepare(blueprint.reads.stored, report)
     materialize(model, blueprint.reads, source, placement, report)
-    part = SplitModel(model, spec, blueprint.family, blueprint.inlet)
+    part = SplitModel(model, spec, blueprint.family, blueprint.passage)
     model.config.dtype = dtype_name(part.dtype)
     return part
 

@@ -25,6 +25,7 @@ from splitlearn_core.builder import build_part
 from splitlearn_core.devices import check_device
 from splitlearn_core.dtypes import as_dtype, dtype_name
 from splitlearn_core.errors import CheckpointError, ModelSourceError, StorageError
+from splitlearn_core.families import family_of
 from splitlearn_core.headers import SINGLE_FILE, is_file_name, listed
 from splitlearn_core.loading.files import TORCH_SUFFIXES, FolderFiles
 from splitlearn_core.loading.generation import GENERATION_CONFIG_FILE, generation_config_for
@@ -34,6 +35,7 @@ from splitlearn_core.messages import in_one_line, short
 from splitlearn_core.plan import BOTTOM, FULL, TOP, TRUNK, ComponentSpec
 from splitlearn_core.shape import CONFIG_FILE, read_config
 from splitlearn_core.skeleton import load_config
+from splitlearn_core.uncertified import any_family
 
 if TYPE_CHECKING:
     import torch
@@ -144,6 +146,7 @@ def load_part(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
     verify_hashes: bool = False,
+    allow_uncertified: bool = False,
 ) -> SplitModel:
     """Load what `save_part` wrote, see `SplitModel.load`.
 
@@ -155,11 +158,19 @@ def load_part(
     folder = part_folder(path)
     placement = Placement(check_device(device), as_dtype(dtype))
     manifest = check_part(folder) if verify_hashes else read_manifest(folder)
-    config = load_config(folder)
+    find_family = any_family if allow_uncertified else family_of
+    config = load_config(folder, find_family)
     _check_model(manifest, config, folder)
     settings = generation_config_for(manifest.spec, FolderFiles(folder))
     with closing(SafetensorsSource.of(FolderFiles(folder))) as source:
-        part = build_part(config, manifest.spec, source, placement, checkpoint=str(folder))
+        part = build_part(
+            config,
+            manifest.spec,
+            source,
+            placement,
+            checkpoint=str(folder),
+            family=find_family(config.model_type),
+        )
     if settings is not None:
         part.model.generation_config = settings
     _check_weights(manifest, part, placement, folder)

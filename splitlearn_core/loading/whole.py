@@ -22,12 +22,16 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from splitlearn_core.families import Family
     from splitlearn_core.loading.files import CheckpointFiles
     from splitlearn_core.loading.materialize import PartReads
 
 
 def open_whole_model(
-    files: CheckpointFiles, config: PreTrainedConfig, dtype: torch.dtype | None
+    files: CheckpointFiles,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | None,
+    family: Family | None = None,
 ) -> StateDictSource:
     """Load the unsplit model on the CPU and offer its tensors.
 
@@ -38,11 +42,14 @@ def open_whole_model(
         CheckpointError: (a `ValueError`) Tensors are missing, of the wrong shape or kind, or
             strangers, where transformers would go on without, or with random ones.
     """
-    return StateDictSource(_load(files, config, dtype).state_dict(), files.description)
+    return StateDictSource(_load(files, config, dtype, family).state_dict(), files.description)
 
 
 def load_whole_model(
-    files: CheckpointFiles, config: PreTrainedConfig, dtype: torch.dtype | None
+    files: CheckpointFiles,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | None,
+    family: Family | None = None,
 ) -> PreTrainedModel:
     """Load the unsplit `…ForCausalLM` of `files` as transformers does, but strictly.
 
@@ -53,13 +60,16 @@ def load_whole_model(
     if isinstance(files, HubFiles):
         files = fetch_whole(files)
     settings = read_generation_config(files)
-    model = _load(files, config, dtype)
+    model = _load(files, config, dtype, family)
     model.generation_config = settings
     return model
 
 
 def _load(
-    files: CheckpointFiles, config: PreTrainedConfig, dtype: torch.dtype | None
+    files: CheckpointFiles,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | None,
+    family: Family | None,
 ) -> PreTrainedModel:
     """Let transformers make the model of tensors that this library has read.
 
@@ -71,7 +81,7 @@ def _load(
     num_layers = config.get_text_config(decoder=True).num_hidden_layers
     spec = SplitPlan.whole(num_layers).component(FULL)
     with closing(open_source(files)) as source:
-        blueprint = draw(config, spec, source, files.description)
+        blueprint = draw(config, spec, source, files.description, family)
         tensors = {name: source.read(name) for name in source.names()}
     try:
         with building:
