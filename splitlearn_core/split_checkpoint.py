@@ -7,6 +7,7 @@ keep the checkpoint's own names, so that they are understood as the original is.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -20,6 +21,7 @@ import torch
 
 from splitlearn_core.builder import draw_each
 from splitlearn_core.dtypes import as_dtype, dtype_name, main_dtype
+from splitlearn_core.errors import SplitLearnError, StorageError
 from splitlearn_core.factory import AUTO, find_model
 from splitlearn_core.headers import SINGLE_FILE
 from splitlearn_core.loading.files import local_config
@@ -61,6 +63,10 @@ TEXT_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
+
+
+# What the system says of a disk, a quota or a file system that takes no more.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,7 @@ def split_checkpoint(
     with closing(open_source(model.files)) as source:
         outlines = _outlines(model, plan, source, wanted)
         _check_room(target, sum(outline.nbytes for outline in outlines))
-        with _staging(target) as staging:
+        with _writing(target), _staging(target) as staging:
             manifests = _write_parts(model, outlines, source, staging, progress)
             _put_in_place(staging, target, plan.names)
     return [WrittenPart(target / m.spec.name, m) for m in manifests]
@@ -197,6 +203,21 @@ def _staging(target: Path) -> Iterator[Path]:
     around.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=around) as name:
         yield Path(name)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Say where it was, when a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL or isinstance(error, SplitLearnError):
+            raise
+        raise StorageError(
+            f"the parts can't be written to {target}: {error.strerror or error}; nothing of them is"
+            " left there.  Make room, or name another folder",
+            error.errno,
+        ) from error
 
 
 def _outlines(
