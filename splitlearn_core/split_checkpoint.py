@@ -8,6 +8,7 @@ keep the checkpoint's own names, so that they are understood as the original is.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from contextlib import closing, contextmanager
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from splitlearn_core.builder import draw_each
-from splitlearn_core.dtypes import as_dtype, dtype_name
+from splitlearn_core.dtypes import as_dtype, dtype_name, main_dtype
 from splitlearn_core.factory import AUTO, find_model
 from splitlearn_core.headers import SINGLE_FILE
 from splitlearn_core.loading.files import local_config
@@ -91,9 +92,10 @@ class _Outline:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first floating-point tensor, as `SplitModel.dtype` has it."""
-        dtypes = [tensor.dtype for tensor in self.tensors.values()]
-        return next((dtype for dtype in dtypes if dtype.is_floating_point), dtypes[0])
+        """Of most of the values, as `SplitModel.dtype` has it."""
+        tensors = self.tensors.values()
+        found = main_dtype((tensor.dtype, math.prod(tensor.shape)) for tensor in tensors)
+        return found or next(iter(tensors)).dtype
 
     @property
     def nbytes(self) -> int:
@@ -114,6 +116,7 @@ def split_checkpoint(
     force: bool = False,
     progress: Progress | None = None,
     token: str | bool | None = None,
+    allow_uncertified: bool = False,
 ) -> list[WrittenPart]:
     """Write each part of a model as a folder: `OUT/bottom`, `OUT/trunk`, `OUT/top`.
 
@@ -134,6 +137,7 @@ def split_checkpoint(
         progress: Called with (bytes done, bytes in all) between tensors; what it raises ends the
             run and leaves nothing.
         token: For the hub; `None` uses `HF_TOKEN` or the login.
+        allow_uncertified: Let in an architecture that was not certified.
 
     Returns:
         The parts, from Bottom to Top.
@@ -150,6 +154,7 @@ def split_checkpoint(
         cache_dir=cache_dir,
         revision=revision,
         token=token,
+        allow_uncertified=allow_uncertified,
     )
     plan = SplitPlan.from_split_points(model.num_layers, split_points, allow_empty=allow_empty)
     target = Path(out).expanduser().resolve()
@@ -199,7 +204,7 @@ def _outlines(
     model: OpenModel, plan: SplitPlan, source: TensorSource, dtype: torch.dtype | None
 ) -> list[_Outline]:
     """Work out from headers what the parts' files will hold."""
-    drawn = draw_each(model.config, plan.components, source, model.description)
+    drawn = draw_each(model.config, plan.components, source, model.description, model.family)
     return [
         _Outline(
             spec,
