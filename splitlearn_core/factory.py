@@ -15,8 +15,9 @@ from splitlearn_core.estimate import MemoryEstimate, estimate_tensors
 from splitlearn_core.families import KNOWN_TYPES, Family, family_of
 from splitlearn_core.loading.files import CheckpointFiles, find_files, local_config
 from splitlearn_core.loading.generation import generation_config_for
-from splitlearn_core.loading.materialize import Placement, Progress
+from splitlearn_core.loading.materialize import Placement
 from splitlearn_core.loading.opening import open_source
+from splitlearn_core.loading.stages import Progress
 from splitlearn_core.loading.whole import open_whole_model
 from splitlearn_core.plan import FULL, TRUNK, ComponentSpec, SplitPlan
 from splitlearn_core.skeleton import load_config

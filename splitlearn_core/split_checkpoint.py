@@ -43,8 +43,9 @@ if TYPE_CHECKING:
 
     from splitlearn_core.factory import OpenModel
     from splitlearn_core.loading.files import CheckpointFiles
-    from splitlearn_core.loading.materialize import PartReads, Progress
+    from splitlearn_core.loading.materialize import PartReads
     from splitlearn_core.loading.sources import TensorSource
+    from splitlearn_core.loading.stages import Progress
     from splitlearn_core.plan import ComponentSpec
 
 # What goes with the parts that take token ids or give logits.  Never code: no *.py.

@@ -23,6 +23,7 @@ from splitlearn_core.loading.sources import (
     no_weights,
     stored_as,
 )
+from splitlearn_core.loading.stages import LoadStage, enter_stage
 from splitlearn_core.shape import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     from splitlearn_core.headers import TensorInfo
     from splitlearn_core.loading.fetch import FetchOptions
     from splitlearn_core.loading.hub import HubFiles
-    from splitlearn_core.loading.hub_parts import Progress
     from splitlearn_core.loading.sources import StoredTensor, TensorSource
+    from splitlearn_core.loading.stages import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class HubSource:
                 progress(done + count, total)
 
         if remote:
+            enter_stage(progress, LoadStage.DOWNLOADING)
             self._obtain(remote, report)
 
     def read(self, name: str) -> torch.Tensor:

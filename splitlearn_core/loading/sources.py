@@ -8,7 +8,7 @@ of a source.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,10 +24,9 @@ from splitlearn_core.loading.torch_files import read_torch_file
 if TYPE_CHECKING:
     from splitlearn_core.headers import TensorInfo
     from splitlearn_core.loading.files import CheckpointFiles
+    from splitlearn_core.loading.stages import Progress
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[int, int], None]
 
 BIN_FILE = "pytorch_model.bin"
 BIN_INDEX_FILE = "pytorch_model.bin.index.json"
