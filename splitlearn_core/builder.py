@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from splitlearn_core.loading.names import NameMap
     from splitlearn_core.loading.sources import TensorSource
     from splitlearn_core.loading.stages import Progress
+    from splitlearn_core.passage import Passage
     from splitlearn_core.plan import ComponentSpec
-    from splitlearn_core.pruning import Inlet
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Blueprint:
     Attributes:
         model: Pruned, on the meta device.
         family: How the architecture is built.
-        inlet: Where its forwards find what they are given.
+        passage: Where its forwards find what they are given.
         reads: What it needs from the checkpoint.
     """
 
     model: PreTrainedModel
     family: Family
-    inlet: Inlet
+    passage: Passage
     reads: PartReads
 
 
@@ -85,10 +85,10 @@ def draw_each(
     for spec in specs:
         model = build_skeleton(copy.deepcopy(config), checkpoint)
         names = names or map_names(model, source.names(), checkpoint)
-        inlet = prune(model, family, spec)
+        passage = prune(model, family, spec)
         check_tables(model, checkpoint)
         reads = plan_reads(model, names, source, checkpoint, getattr(config, "dtype", None))
-        yield Blueprint(model, family, inlet, reads)
+        yield Blueprint(model, family, passage, reads)
 
 
 def build_part(
@@ -125,6 +125,6 @@ def build_part(
     source.prepare(blueprint.reads.stored, report)
     enter_stage(report, LoadStage.READING)
     materialize(model, blueprint.reads, source, placement, report)
-    part = SplitModel(model, spec, blueprint.family, blueprint.inlet)
+    part = SplitModel(model, spec, blueprint.family, blueprint.passage)
     model.config.dtype = dtype_name(part.dtype)
     return part

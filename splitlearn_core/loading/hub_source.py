@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.headers import INDEX_FILE, SINGLE_FILE, listed, read_header, read_index
 from splitlearn_core.loading.files import FolderFiles
+from splitlearn_core.loading.generation import GENERATION_CONFIG_FILE
 from splitlearn_core.loading.hub_parts import HEADER_GUESS, HubParts
 from splitlearn_core.loading.ranges import Located
 from splitlearn_core.loading.remote import RangesIgnoredError
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
     from splitlearn_core.loading.stages import Progress
 
 logger = logging.getLogger(__name__)
-
-# Read by transformers where it is there.
-GENERATION_CONFIG_FILE = "generation_config.json"
 
 # What a header takes for a tensor beside its name, and for itself: a little more than usual.
 _ENTRY_BYTES = 88

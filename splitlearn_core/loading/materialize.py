@@ -7,6 +7,7 @@ mapped file: no anonymous memory at all, until somebody writes to it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -152,7 +153,7 @@ def materialize(
                 _assign(part, target, _value_for(target, recipe, values, reads.ties))
             done += sum(reads.stored[name].nbytes for name in recipe.stored)
     _tie(part, reads)
-    initialise_buffers(part, placement.device)
+    initialise_buffers(part, placement.device, _absent_twins(part, reads))
     if progress is not None:
         progress(reads.nbytes, reads.nbytes)
 
@@ -269,6 +270,22 @@ def _tie(part: nn.Module, reads: PartReads) -> None:
         if reads.recipes[target] is reads.recipes[origin] or torch.equal(ours, theirs):
             path, _, name = target.rpartition(".")
             setattr(part.get_submodule(path), name, theirs)
+
+
+def _absent_twins(part: PreTrainedModel, reads: PartReads) -> dict[str, nn.Module]:
+    """Return the absent modules whose weight is here by another name, as they would be if present.
+
+    What an architecture does to the one, it must do to the other.
+    """
+    twins: dict[str, nn.Module] = {}
+    for target, origin in reads.ties.items():
+        path, _, name = origin.rpartition(".")
+        if target in reads.recipes and origin not in reads.recipes:
+            real = getattr(part.get_submodule(path), "real", None)
+            if isinstance(real, nn.Module):
+                twins[path] = copy.copy(real)
+                twins[path]._parameters = {name: _get(part, target)}  # type: ignore[dict-item]  # noqa: SLF001
+    return twins
 
 
 def _get(part: nn.Module, target: str) -> torch.Tensor:

@@ -112,6 +112,7 @@ def _arguments(config: ModelConfig) -> dict[str, Any]:
         "revision": part.revision,
         "allow_empty": part.allow_empty,
         "mmap": part.mmap,
+        "allow_uncertified": part.allow_uncertified,
     }
 
 
