@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from splitlearn_core.families.family import CARRY, LAYERWISE, SHARED
+from splitlearn_core.families.family import CARRY, CONSTANT, LAYERWISE, SHARED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -57,12 +57,16 @@ class CrossingValue:
         dtype: Of its values, as `float32`.
         sizes: Its sizes after batch and new positions.
         reveals: What it tells whoever gets it, beyond what the hidden state does; may be empty.
+        below: For token ids: how many there are; each is 0 or more, and less than that.
+        layerwise: Whether the first of its sizes counts layers: those that it is for.
     """
 
     name: str
     dtype: str
     sizes: tuple[Size, ...]
     reveals: str
+    below: int | None = None
+    layerwise: bool = False
 
     @property
     def bytes_per_token(self) -> int | None:
@@ -184,7 +188,16 @@ def _heads(decoder: Any, number: int) -> tuple[Size, Size]:
 def _crossing(side: SideValue, decoder: Any, dtype: str, *first: Size) -> CrossingValue:
     """Return one tensor of a side value."""
     sizes = tuple(_size(dim, decoder) for dim in side.dims)
-    return CrossingValue(side.name, side.dtype or dtype, (*first, *sizes), side.reveals)
+    ids = side.kind == CONSTANT and side.dtype.startswith("int")
+    below = int(decoder.vocab_size) if ids else None
+    return CrossingValue(
+        side.name,
+        side.dtype or dtype,
+        (*first, *sizes),
+        side.reveals,
+        below,
+        side.kind == LAYERWISE,
+    )
 
 
 def _size(dim: str, decoder: Any) -> Size:
