@@ -518,6 +518,9 @@ class AsyncModelManager:
             if not config.loads_like(entry.config):
                 raise ValueError(f"model {config.model_id!r} must be loaded again for that")
             entry.config = config
+            successor = self._table.successors.get(config.model_id)
+            if successor is not None and config.loads_like(successor.config):
+                successor.config = config
             if isinstance(entry, AsyncManagedModel) and entry.status is ModelStatus.READY:
                 self._idle.watch(entry)
 
