@@ -22,9 +22,11 @@ from splitlearn_manager.config import DaemonConfig, ServerConfig
 from splitlearn_manager.server.daemon import Daemon
 
 
-def trunk_config(model_id: str) -> ModelConfig:
-    """Return the configuration of a model that `FakeLoader` makes."""
-    return ModelConfig(model_id, "nowhere", config={"component": "trunk", "split_points": [1, 3]})
+def trunk_config(model_id: str, **changes: Any) -> ModelConfig:
+    """Return the configuration of a model that `FakeLoader` makes; `name?` is not preloaded."""
+    part = {"component": "trunk", "split_points": [1, 3]}
+    name = model_id.removesuffix("?")
+    return ModelConfig(name, "nowhere", **{"config": part, "preload": name == model_id, **changes})
 
 
 class FakeCache:
