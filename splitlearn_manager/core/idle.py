@@ -33,7 +33,7 @@ class IdleModels:
         table: The models.
         unloads: Who unloads them.
         evicts: Whether models may be evicted at all.
-        clock: Seconds since the epoch, as `last_used` has them.
+        clock: Seconds, as `idle_since` has them.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class IdleModels:
         unloads: Unloads,
         *,
         evicts: bool,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._table = table
         self._unloads = unloads
