@@ -78,6 +78,14 @@ class AbsentTable(AbsentModule):
         zero = torch.zeros((), dtype=self._passage.dtype, device=values.device)
         return zero.expand(*values.shape, self.embedding_dim)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """Zeros of the table's shape, for code that looks into it itself."""
+        given = self._passage.given
+        device = given.device if given is not None else None
+        zero = torch.zeros((), dtype=self._passage.dtype, device=device)
+        return zero.expand(self.num_embeddings, self.embedding_dim)
+
 
 class AbsentLinear(AbsentModule):
     """Stands where another part's projection was; what it returns is never used."""
@@ -161,6 +169,8 @@ def _replace(model: nn.Module, paths: tuple[str, ...], tables: Passage | None = 
     """
     for path in paths:
         parent, _, name = path.rpartition(".")
+        if getattr(model.get_submodule(parent), name, None) is None:
+            continue  # a config may leave it out
         module = model.get_submodule(path)
         if isinstance(module, nn.ModuleList):
             _replace(module, tuple(map(str, range(len(module)))), tables)

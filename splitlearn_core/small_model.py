@@ -59,9 +59,13 @@ def small_config(model_type: str, needs: Mapping[str, Any] | None = None) -> Pre
     default = CONFIG_MAPPING[model_type]()
     if default.get_text_config(decoder=True) is default or not default.sub_configs:
         return _shrunk(default, needs or {})
-    parts = {name: getattr(default, name) for name in default.sub_configs}
+    wanted = needs or {}
+    parts = {
+        name: getattr(default, name) or (kind() if name in wanted else None)
+        for name, kind in default.sub_configs.items()
+    }
     small: dict[str, Any] = {
-        name: _shrunk(part, (needs or {}).get(name, {})).to_dict()
+        name: _shrunk(part, wanted.get(name, {})).to_dict()
         for name, part in parts.items()
         if part is not None
     }

@@ -20,6 +20,13 @@ _SHARING = {
     "num_kv_shared_layers": 2,
 }
 
+_VISION = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+}
+
 _ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
 
 NEEDS: dict[str, dict[str, Any]] = {
@@ -32,6 +39,15 @@ NEEDS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "layer_types": ["full_attention", "sliding_attention"] * 3,
         "rope_parameters": {"full_attention": _ROTARY, "sliding_attention": _ROTARY},
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {
+            "hidden_size": 64,
+            "ffn_hidden_size": 96,
+            "moe_num_experts": 4,
+            "moe_top_k": 2,
+        },
     },
     "dots1": {"n_shared_experts": 1},
     "dots3_note_text": {
@@ -48,6 +64,12 @@ NEEDS: dict[str, dict[str, Any]] = {
     },
     "falcon_h1": {"mamba_d_ssm": 128},
     **dict.fromkeys(("gemma3n_text", "gemma4_text"), _SHARING),
+    "gemma4": {
+        "text_config": _SHARING,
+        "vision_config": {"num_key_value_heads": 4},
+        "audio_config": {},
+    },
+    "git": {"vision_config": {**_VISION, "image_size": 32, "patch_size": 16}},
     "gpt_neo": {"attention_types": [[["global", "local"], 3]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 3},
     "kimi_linear": {
@@ -60,6 +82,43 @@ NEEDS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 3, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "n_groups": 1},
     "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention"] * 2},
+    "phi4_multimodal": {
+        "vision_config": {**_VISION, "image_size": 28, "patch_size": 14},
+        "audio_config": {
+            "hidden_size": 32,
+            "num_blocks": 2,
+            "intermediate_size": 48,
+            "num_attention_heads": 2,
+            "nemo_conv_channels": 32,
+            "ext_pw_out_channel": 32,
+            "depthwise_separable_out_channel": 32,
+        },
+    },
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention"] * 3,
+        "hc_count": 5,
+        "hc_lowrank": 10,
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+        "ple_layer_ids": [1, 5],
+        "ple_embed_dim": 28,
+        "ngram_size": 2,
+        "heads_per_ngram": 2,
+        "ngram_vocab_size_base": 64,
+        "make_ngram_vocab_size_divisible_by": 8,
+        "split_ngram_parts": 1,
+    },
+    "zamba": {"layers_block_type": ["mamba", "hybrid", "mamba"] * 2},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention"] * 2,
+        "attention_head_dim": 32,
+        "n_mamba_heads": 8,
+        "mamba_ngroups": 1,
+        "adapter_rank": 8,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 
