@@ -17,6 +17,7 @@ from splitlearn_core import HiddenState, SplitCausalLM, SplitModel
 from splitlearn_core.factory import load_component
 from splitlearn_core.plan import SplitPlan
 from splitlearn_core.report import report_plan
+from splitlearn_core.small_model import small_model
 from splitlearn_core.verify import verify
 
 LAYERS = 6
@@ -213,6 +214,22 @@ def test_verify(model_type: str, layerwise: bool, checkpoint: Callable[[str], Pa
 
     assert report.passed, report.checks
     assert {c.name: c.status for c in report.checks}["logits"] == "equal"
+
+
+def test_a_config_can_turn_it_all_off(tmp_path: Path) -> None:
+    off = {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}
+    small_model("gemma4_text", off).save_pretrained(tmp_path)
+    bottom, trunk, top = chain(tmp_path, [2, 4])
+
+    assert trunk.side_inputs == trunk.side_outputs == ()
+    with torch.no_grad():
+        assert isinstance(bottom(ids()), torch.Tensor)
+        expected = unsplit(tmp_path).generate(ids(), max_new_tokens=4, do_sample=False)
+        produced = SplitCausalLM(bottom, trunk, top).generate(
+            ids(), max_new_tokens=4, do_sample=False
+        )
+    assert torch.equal(produced, expected)
+    assert report_plan(tmp_path, [2, 4]).cuts[0].crosses == ("hidden_states",)
 
 
 def test_a_saved_part_is_the_same(tmp_path: Path, checkpoint: Callable[[str], Path]) -> None:

@@ -63,7 +63,8 @@ NEEDS: dict[str, dict[str, Any]] = {
         },
     },
     "falcon_h1": {"mamba_d_ssm": 128},
-    **dict.fromkeys(("gemma3n_text", "gemma4_text"), _SHARING),
+    **dict.fromkeys(("gemma3n_text", "gemma4_text", "gemma4_unified_text"), _SHARING),
+    "gemma4_unified": {"text_config": _SHARING},
     "gemma4": {
         "text_config": _SHARING,
         "vision_config": {"num_key_value_heads": 4},
