@@ -20,8 +20,8 @@ def draw() -> str:
         [
             "# The life of a model",
             "",
-            "Drawn by `scripts/draw_states` from the table in `splitlearn_manager/core/states.py`;"
-            " the manager makes no other move.",
+            "Drawn by `scripts/draw_states` from the table in `splitlearn_manager/core/states.py`.",
+            "The manager makes no other move.",
             "",
             "```mermaid",
             "stateDiagram-v2",
@@ -58,12 +58,9 @@ def _node(state: states.State) -> str:
 
 def _rows(kind: type[StrEnum]) -> list[str]:
     """Return a line of the table for each value, with its docstring."""
-    told = {name: " ".join(text.split()) for name, _, text in _DOCSTRING.findall(_source(kind))}
+    found = _DOCSTRING.findall(inspect.getsource(kind))
+    told = {name: " ".join(text.split()) for name, _, text in found}
     return [f"| `{value.value}` | {told[value.name]} |" for value in kind]
-
-
-def _source(kind: type[StrEnum]) -> str:
-    return inspect.getsource(kind)
 
 
 def main() -> None:
