@@ -49,6 +49,11 @@ class Child:
                 return line.rstrip("\n")
         raise AssertionError(f"the daemon ended before it said {start!r}")
 
+    def await_trunk(self) -> None:
+        """Wait until the Trunk is loaded; beside a load that hangs, the daemon is never ready."""
+        while self.client.model("trunk")["status"] != "ready":
+            pass
+
     def let_forward_go_on(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
@@ -131,6 +136,7 @@ def test_while_it_drains_probes_are_answered_and_nothing_begins(
     start: Callable[..., Child],
 ) -> None:
     child = start()
+    child.await_trunk()
     with RemoteTrunk(child.url, "trunk") as trunk, ThreadPoolExecutor() as pool:
         step = pool.submit(trunk, torch.ones(1, 1, 4))
         child.until("forward")
@@ -156,6 +162,7 @@ def test_while_it_drains_probes_are_answered_and_nothing_begins(
 def test_a_second_signal_ends_a_load_that_hangs_at_once(start: Callable[..., Child]) -> None:
     child = start("600", "trunk", "hang")
     child.until("loading")
+    child.await_trunk()
     with RemoteTrunk(child.url, "trunk") as trunk, ThreadPoolExecutor() as pool:
         step = pool.submit(trunk, torch.ones(1, 1, 4))
         child.until("forward")
