@@ -48,6 +48,9 @@ CAMPAIGNS = {
     "downloads": Campaign(
         "downloads", 300, "a part is fetched by processes that are killed, then by one that is not"
     ),
+    "kills": Campaign(
+        "kills", 300, "a daemon is killed in load, unload and inference, and started again"
+    ),
 }
 
 

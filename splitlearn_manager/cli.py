@@ -18,6 +18,7 @@ import typer
 
 from splitlearn_manager.commands.architectures import list_architectures
 from splitlearn_manager.commands.bench import bench
+from splitlearn_manager.commands.models import app as models_app
 from splitlearn_manager.commands.options import SplitPointsCommand
 from splitlearn_manager.commands.plan import plan
 from splitlearn_manager.commands.split import split
@@ -41,6 +42,7 @@ app.command("bench")(bench)
 app.command("plan", cls=SplitPointsCommand)(plan)
 app.command("split", cls=SplitPointsCommand)(split)
 app.command("verify", cls=SplitPointsCommand)(verify)
+app.add_typer(models_app, name="models")
 
 WRONG_USAGE = 2
 

@@ -15,7 +15,13 @@ from splitlearn_manager.client.errors import RemoteError, RemoteUnavailable
 _PORTS = {"http": 80, "https": 443}
 _MAX_BODY = 1 << 20
 _UNAVAILABLE = frozenset({408, 429, 502, 503, 504})
-_CODES = {401: "unauthorized", 403: "forbidden", 404: "model_not_found", 500: "internal"}
+_CODES = {
+    401: "unauthorized",
+    403: "forbidden",
+    404: "model_not_found",
+    500: "internal",
+    507: "insufficient_resources",
+}
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class Address:
             RemoteUnavailable: It can't be reached, or not now.
         """
         try:
-            with closing(self._connection(timeout)) as connection:
+            with closing(self.connection(timeout)) as connection:
                 connection.request("GET", self.prefix + path, headers=self.headers)
                 response = connection.getresponse()
                 status, body = response.status, response.read(_MAX_BODY)
@@ -100,7 +106,8 @@ class Address:
         except ValueError:
             raise RemoteError(f"{self}{path} did not answer with JSON", "bad_answer") from None
 
-    def _connection(self, timeout: float) -> HTTPConnection:
+    def connection(self, timeout: float | None) -> HTTPConnection:
+        """Return a connection that is opened by its first request."""
         if self.scheme == "http":
             return HTTPConnection(self.host, self.port, timeout=timeout)
         return HTTPSConnection(self.host, self.port, timeout=timeout, context=self.tls)

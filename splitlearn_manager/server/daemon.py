@@ -291,7 +291,8 @@ class Daemon:
     def _adopt(self, parts: _Parts, new: DaemonConfig, changes: ConfigChanges) -> None:
         """Let a configuration hold, and begin what follows from it."""
         self.config = in_force(self.config, new)
-        logging.getLogger().setLevel(self.config.server.log_level.upper())
+        if "log_level" in changes.server:
+            logging.getLogger().setLevel(self.config.server.log_level.upper())
         if changes.limits:
             limits = self.config.manager
             parts.manager.set_limits(

@@ -1,11 +1,15 @@
 """A daemon in a process of its own, whose forwards wait for its parent.
 
-Each forward prints a line, and goes on when it has read one from stdin.
+    daemon_child.py [DRAIN_TIMEOUT [MODEL…]]
+
+Each forward prints a line, and goes on when it has read one from stdin.  The load of `hang` prints
+one and never ends, nor does it look whether it should; that of `late` prints one, and looks.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 from typing import Any
 
 import torch
@@ -30,7 +34,13 @@ class WaitingLoader(FakeLoader):
     """Loads such a Trunk."""
 
     def load_from_config(self, config: ModelConfig, progress: Any = None) -> FakePart:
-        del config, progress
+        if config.model_id in {"hang", "late"}:
+            sys.stdout.write("loading\n")
+            sys.stdout.flush()
+            while True:
+                threading.Event().wait(0.01)
+                if config.model_id == "late" and progress is not None:
+                    progress.check()
         return WaitingPart()
 
 
@@ -39,7 +49,11 @@ def main() -> int:
     manager = AsyncModelManager(
         ResourceManager(memory_limit=1 << 20), loader=WaitingLoader(), single_threaded=False
     )
-    config = DaemonConfig(server=ServerConfig(port=0), models=(trunk_config("trunk"),))
+    drain_timeout = float(sys.argv[1]) if len(sys.argv) > 1 else 20.0
+    config = DaemonConfig(
+        server=ServerConfig(port=0, drain_timeout=drain_timeout, management=True),
+        models=tuple(map(trunk_config, sys.argv[2:] or ["trunk"])),
+    )
     with Daemon(config, manager=manager) as daemon:
         return daemon.run()
 
