@@ -53,6 +53,7 @@ async def make_manager(
     yield make
     for manager in made:
         await manager.shutdown()
+    for manager in made:
         _check_nothing_left(manager)
 
 
