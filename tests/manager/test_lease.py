@@ -183,7 +183,7 @@ async def test_a_cancelled_caller_that_is_also_ended_is_cancelled(
     begun = asyncio.Event()
     task = asyncio.create_task(use())
     await begun.wait()
-    managed.cut(DrainTimeoutError("the deadline"))
+    managed.cut("the deadline")
     task.cancel()
 
     with pytest.raises(asyncio.CancelledError):
