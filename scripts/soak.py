@@ -48,6 +48,9 @@ CAMPAIGNS = {
     "downloads": Campaign(
         "downloads", 300, "a part is fetched by processes that are killed, then by one that is not"
     ),
+    "lifecycle": Campaign(
+        "lifecycle", 12_000, "random operations on a manager, which is looked at after each"
+    ),
 }
 
 
