@@ -48,6 +48,9 @@ CAMPAIGNS = {
     "downloads": Campaign(
         "downloads", 300, "a part is fetched by processes that are killed, then by one that is not"
     ),
+    "stress": Campaign(
+        "stress", 1024, "32 tasks load and unload one model, requests meanwhile; 1,000 reloads"
+    ),
     "lifecycle": Campaign(
         "lifecycle", 12_000, "random operations on a manager, which is looked at after each"
     ),
