@@ -51,6 +51,12 @@ CAMPAIGNS = {
     "kills": Campaign(
         "kills", 300, "a daemon is killed in load, unload and inference, and started again"
     ),
+    "stress": Campaign(
+        "stress", 1024, "32 tasks load and unload one model, requests meanwhile; 1,000 reloads"
+    ),
+    "lifecycle": Campaign(
+        "lifecycle", 12_000, "random operations on a manager, which is looked at after each"
+    ),
 }
 
 

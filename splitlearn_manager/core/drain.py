@@ -7,8 +7,6 @@ import logging
 import math
 from typing import TYPE_CHECKING
 
-from splitlearn_manager.errors import DrainTimeoutError
-
 if TYPE_CHECKING:
     from splitlearn_manager.core.entries import AsyncManagedModel
 
@@ -62,10 +60,8 @@ class Drain:
         """End every lease; after the grace, stop waiting for those that do not go."""
         model_id = self._managed.model_id
         count = self._managed.cut(
-            DrainTimeoutError(
-                f"model {model_id!r} is being unloaded, and this use of it had not ended at the"
-                " deadline"
-            )
+            f"model {model_id!r} is being unloaded, and this use of it had not ended at the"
+            " deadline"
         )
         logger.warning("model %s: ended %d use(s) at the deadline of its drain", model_id, count)
         self._deadline = -math.inf

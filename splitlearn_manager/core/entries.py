@@ -15,7 +15,6 @@ import copy
 import time
 from concurrent.futures import Future
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from splitlearn_manager.config.options import PartOptions
@@ -27,6 +26,7 @@ from splitlearn_manager.core.model_info import ModelInfo
 from splitlearn_manager.core.progress import LoadProgress, Pace
 from splitlearn_manager.core.states import ModelStatus
 from splitlearn_manager.errors import (
+    DrainTimeoutError,
     LoadCancelledError,
     ManagerError,
     ModelFailedError,
@@ -192,7 +192,7 @@ class AsyncManagedModel:
         self.on_idle: Callable[[], None] | None = None
         self._model = model
         self._leases: set[Lease] = set()
-        self._cut: ManagerError | None = None
+        self._cut = False
         self._idle = asyncio.Event()
         self._idle.set()
         self._gone = asyncio.Event()
@@ -226,7 +226,18 @@ class AsyncManagedModel:
 
     async def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward in its thread, without gradients."""
-        return await self.run(partial(_forward, self.model), *args, **kwargs)
+        return await self.run(self._forward, *args, **kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model without recording gradients; in its thread.
+
+        Looked up here, so that no frame of a caller has the model: an error that somebody keeps
+        would keep it.
+        """
+        import torch  # noqa: PLC0415 - whoever calls a model has paid for it already
+
+        with torch.no_grad():
+            return self.model(*args, **kwargs)
 
     @property
     def is_idle(self) -> bool:
@@ -289,21 +300,22 @@ class AsyncManagedModel:
             self.timer.cancel()
             self.timer = None
 
-    def cut(self, error: ManagerError) -> int:
+    def cut(self, reason: str) -> int:
         """End every lease that is left, saying why, and allow no more; return how many they were.
 
-        Each gives itself back as soon as its owner runs.
+        Each gives itself back as soon as its owner runs.  Each gets an error of its own: the frames
+        that one comes through stay with who gets it.
         """
-        self._cut = error
+        self._cut = True
         leases = list(self._leases)
         for lease in leases:
-            lease.end(error)
+            lease.end(DrainTimeoutError(reason))
         return len(leases)
 
     def _lendable(self) -> AsyncManagedModel:
         """Return itself, unless its drain is over."""
         over = self.drain is not None and self.drain.is_over
-        if over or self._cut is not None or self._closed is not None:
+        if over or self._cut or self._closed is not None:
             raise self._unloaded()
         return self
 
@@ -433,14 +445,6 @@ class FailedEntry:
 
 
 Entry = LoadingPlaceholder | AsyncManagedModel | FailedEntry
-
-
-def _forward(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a model without recording gradients."""
-    import torch  # noqa: PLC0415 - whoever calls a model has paid for it already
-
-    with torch.no_grad():
-        return model(*args, **kwargs)
 
 
 def _component(config: ModelConfig) -> str | None:

@@ -127,7 +127,7 @@ def _why_not_back(managed: AsyncManagedModel, closed: Future[Any]) -> str:
     """Say why memory is not back."""
     what = f"{managed.unreturned_bytes} bytes are not back and stay reserved"
     if not closed.done():
-        return f"{what}: its thread is still in a forward"
+        return f"{what}: its thread is still at work"
     return f"{what}: something else still refers to the model"
 
 

@@ -53,6 +53,7 @@ async def make_manager(
     yield make
     for manager in made:
         await manager.shutdown()
+    for manager in made:
         _check_nothing_left(manager)
 
 
@@ -72,9 +73,9 @@ def _check_nothing_left(manager: AsyncModelManager) -> None:
     """Check that a manager that was shut down holds nothing."""
     assert manager.models == {}
     assert not manager._owners
-    for device in manager.resource_manager.devices():
-        assert manager.resource_manager.get_current_usage(device).reserved_bytes == 0
     for thread in threading.enumerate():
         if thread.name.startswith("splitlearn-"):
             thread.join(PATIENCE)
             assert not thread.is_alive(), thread.name
+    for device in manager.resource_manager.devices():
+        assert manager.resource_manager.get_current_usage(device).reserved_bytes == 0

@@ -18,6 +18,7 @@ from splitlearn_manager.core.executor import DaemonThreadPoolExecutor
 from splitlearn_manager.core.resources import ResourceManager
 from splitlearn_manager.core.states import ModelStatus
 from splitlearn_manager.errors import (
+    DrainTimeoutError,
     LoadCancelledError,
     ManagerClosedError,
     ModelFailedError,
@@ -203,6 +204,8 @@ async def test_a_reload_that_waits_for_an_unload_is_told_of_a_shutdown(
         await asyncio.wait_for(reload, PATIENCE)
     let_go.set()
     await user
+    usage = manager.resource_manager.get_current_usage
+    await until(lambda: usage().reserved_bytes == 0)
 
 
 async def test_what_is_given_back_between_two_looks_is_no_reason_to_refuse() -> None:
@@ -381,3 +384,30 @@ async def test_ids_that_nobody_has_are_not_found(manager: AsyncModelManager, mod
     ):
         with pytest.raises(KeyError, match="there is no model"):
             await ask
+
+
+async def test_whoever_keeps_the_error_of_an_ended_use_does_not_keep_the_model(
+    manager: AsyncModelManager, model_config: Config
+) -> None:
+    await manager.load_model(model_config())
+    managed = await manager.get_model("a")
+    assert managed is not None
+    release, begun = threading.Event(), threading.Event()
+    busy = asyncio.create_task(
+        managed.run(lambda: (begun.set(), release.wait(PATIENCE)))  # no lease
+    )
+    assert await asyncio.to_thread(begun.wait, PATIENCE)
+    waiting = [asyncio.create_task(manager.infer("a", n)) for n in range(2)]
+    await asyncio.sleep(0)
+    unload = asyncio.create_task(manager.unload_model("a", drain_timeout=0))
+    errors = await asyncio.gather(*waiting, return_exceptions=True)
+    release.set()
+    await busy
+
+    gc.disable()
+    try:
+        assert await unload is True
+    finally:
+        gc.enable()
+    assert [type(error) for error in errors] == [DrainTimeoutError] * 2
+    assert errors[0] is not errors[1]
