@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -107,10 +108,12 @@ class Admission:
         if self._resources.is_changing(device):
             return True
         missing = self._resources.shortfall(nbytes, device, memory)
+        if missing == 0:
+            return True  # a thread has just given back what was missing, and is about to say so
         return self._evictor.evict_for(model_id, missing, device)
 
 
 def _set_from_any_thread(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
     """Set an event of a loop; nothing waits for it any more if the loop is closed."""
-    if not loop.is_closed():
+    with suppress(RuntimeError):
         loop.call_soon_threadsafe(event.set)

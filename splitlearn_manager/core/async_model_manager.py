@@ -274,16 +274,13 @@ class AsyncModelManager:
                 raise ModelNotLoadingError(
                     f"no load of model {model_id!r} is under way: it is {entry.status}"
                 )
-            work = placeholder.work
             self._loads.cancel(
                 placeholder, LoadCancelledError(f"the load of model {model_id!r} was cancelled")
             )
         await placeholder.outcome()
-        if work is None or work.done():
+        if placeholder.remains is None or placeholder.remains.done():
             return True
-        ended = asyncio.wrap_future(work)
-        ended.add_done_callback(_look_at)
-        done, _ = await asyncio.wait({ended}, timeout=seconds)
+        done, _ = await asyncio.wait({asyncio.wrap_future(placeholder.remains)}, timeout=seconds)
         return bool(done)
 
     def _begin(self, config: ModelConfig, reason: str) -> LoadingPlaceholder:
@@ -390,13 +387,19 @@ class AsyncModelManager:
     ) -> None:
         """Own what is between the unload and the load of a reload that unloads first."""
         begun.add_done_callback(_look_at)
-        await managed.gone()
         try:
+            await managed.gone()
             async with self.lock:
                 self._refuse_if_taken(config.model_id)
                 begun.set_result(self._begin(config, "reloading, the old one is unloaded"))
         except ManagerError as error:
             begun.set_exception(error)
+        except asyncio.CancelledError:
+            begun.set_exception(
+                ManagerClosedError(
+                    f"the manager shut down before model {config.model_id!r} was gone"
+                )
+            )
 
     def _refuse_if_reloading(self, model_id: str) -> None:
         """Raise if a reload of the model is under way."""

@@ -37,6 +37,11 @@ class Drain:
         else:
             self.shorten(seconds)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody is waited for any more."""
+        return self._end.done()
+
     def shorten(self, seconds: float | None) -> None:
         """Set a deadline so many seconds from now, unless it already has an earlier one."""
         when = math.inf if seconds is None else self._loop.time() + seconds

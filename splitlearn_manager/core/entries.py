@@ -12,24 +12,16 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import gc
-import logging
 import time
-import weakref
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from splitlearn_core.machine import return_freed_memory
 from splitlearn_manager.config.options import PartOptions
+from splitlearn_manager.core.disposal import close_model, see_it_gone, weak_reference
 from splitlearn_manager.core.executor import DaemonThreadPoolExecutor
-from splitlearn_manager.core.failures import (
-    describe,
-    failure_code,
-    log_with_frames,
-    without_frames,
-)
+from splitlearn_manager.core.failures import describe, failure_code, without_frames
 from splitlearn_manager.core.lease import Hold, Lease, Use
 from splitlearn_manager.core.model_info import ModelInfo
 from splitlearn_manager.core.progress import LoadProgress, Pace
@@ -48,8 +40,6 @@ if TYPE_CHECKING:
     from splitlearn_manager.core.drain import Drain
     from splitlearn_manager.core.resources import Reservation
 
-logger = logging.getLogger(__name__)
-
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -63,6 +53,8 @@ class LoadingPlaceholder:
         pace: How fast bytes come, as the load's owner samples it.
         reservation: The memory promised to it, once its size is known.
         work: The call in a worker thread that the load is at.
+        remains: Done when nothing of an attempt that failed is left: its thread is out of it, and
+            its memory given back; `None` while there was none.
         owner: The task that settles it.
         predicted_bytes: What it was estimated to take once it is loaded; 0 while not known.
     """
@@ -80,10 +72,16 @@ class LoadingPlaceholder:
         self.pace = Pace()
         self.reservation: Reservation | None = None
         self.work: Future[Any] | None = None
+        self.remains: Future[None] | None = None
         self.owner: asyncio.Task[None] | None = None
         self.predicted_bytes = 0
         self._outcome: AsyncManagedModel | FailedEntry | None = None
         self._settled = asyncio.Event()
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether its load has ended."""
+        return self._outcome is not None
 
     def settle(self, outcome: AsyncManagedModel | FailedEntry) -> None:
         """Wake everybody who waits, with what became of the load."""
@@ -151,6 +149,8 @@ class AsyncManagedModel:
         drain: Its drain, once it is being unloaded.
         timer: When to see whether its time to live is up.
         unreturned_bytes: Once it is gone, what of its memory is not back.
+        idle_since: When it was last used, or else loaded, on the monotonic clock: the clock that
+            people see may be set back.
         on_idle: Called when the last lease on it has ended.
         evicted: Whether it goes to make room, so that it no longer counts.
         predicted_bytes: What it was estimated to take.
@@ -182,6 +182,7 @@ class AsyncManagedModel:
         self.load_times = load_times
         self.loaded_at = time.time()
         self.last_used: float | None = None
+        self.idle_since = self.since
         self.request_count = 0
         self.in_flight = 0
         self.drain: Drain | None = None
@@ -218,10 +219,9 @@ class AsyncManagedModel:
         Raises:
             ModelUnloadingError: The model was unloaded.
         """
-        try:
-            future = self._worker.submit(fn, *args, **kwargs)
-        except RuntimeError:
-            raise self._unloaded() from None
+        if self._closed is not None:
+            raise self._unloaded()
+        future = self._worker.submit(fn, *args, **kwargs)
         return await asyncio.wrap_future(future)
 
     async def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -232,11 +232,6 @@ class AsyncManagedModel:
     def is_idle(self) -> bool:
         """Whether nobody has a lease on it."""
         return not self._leases
-
-    @property
-    def idle_since(self) -> float:
-        """When it was last used, or else loaded, in seconds since the epoch."""
-        return self.last_used or self.loaded_at
 
     def use(self) -> Use:
         """Lend this very load of the model to a block, also while it is being drained.
@@ -253,8 +248,11 @@ class AsyncManagedModel:
 
         Args:
             ended: Called once if the deadline of a drain comes first.
+
+        Raises:
+            ModelUnloadingError: Its drain is over.
         """
-        return Hold(self, ended)
+        return Hold(self._lendable(), ended)
 
     def lend(self, lease: Lease, *, counts: bool = True) -> None:
         """Count a lease; the model is not unloaded until `give_back`."""
@@ -263,7 +261,7 @@ class AsyncManagedModel:
         if counts:
             self.in_flight += 1
             self.request_count += 1
-        self.last_used = time.time()
+        self._note_use()
 
     def give_back(self, lease: Lease) -> None:
         """Count the end of a lease; a second time does nothing."""
@@ -271,11 +269,15 @@ class AsyncManagedModel:
             return
         self._leases.remove(lease)
         self.in_flight -= isinstance(lease, Use)
-        self.last_used = time.time()
+        self._note_use()
         if not self._leases:
             self._idle.set()
             if self.on_idle is not None:
                 self.on_idle()
+
+    def _note_use(self) -> None:
+        """Note that a use begins, or ends, now."""
+        self.last_used, self.idle_since = time.time(), time.monotonic()
 
     async def idle(self) -> None:
         """Wait until there is no lease."""
@@ -300,7 +302,8 @@ class AsyncManagedModel:
 
     def _lendable(self) -> AsyncManagedModel:
         """Return itself, unless its drain is over."""
-        if self._cut is not None or self._closed is not None:
+        over = self.drain is not None and self.drain.is_over
+        if over or self._cut is not None or self._closed is not None:
             raise self._unloaded()
         return self
 
@@ -314,7 +317,11 @@ class AsyncManagedModel:
             A future of what still refers to the model then: a weak reference, or `None`.
         """
         if self._closed is None:
-            self._closed = self._worker.submit(self._let_go)
+            try:
+                self._closed = self._worker.submit(self._let_go)
+            except RuntimeError:  # it has no thread, and the system none to spare
+                self._closed = Future()
+                self._closed.set_result(self._let_go())
             self._worker.shutdown(wait=False)
         return self._closed
 
@@ -358,13 +365,8 @@ class AsyncManagedModel:
     def _let_go(self) -> Callable[[], Any] | None:
         """Close and drop the model; return a reference to it if somebody else still has it."""
         close_model(self._model)
-        alive, self._model = _weak_reference(self._model), None
-        if alive() is None:
-            return_freed_memory()
-            return None
-        gc.collect()  # only here: it stops every thread, and most models are in no cycle
-        return_freed_memory()
-        return None if alive() is None else alive
+        alive, self._model = weak_reference(self._model), None
+        return see_it_gone(alive)
 
     def _unloaded(self) -> ModelUnloadingError:
         return ModelUnloadingError(f"model {self.model_id!r} was unloaded")
@@ -433,33 +435,12 @@ class FailedEntry:
 Entry = LoadingPlaceholder | AsyncManagedModel | FailedEntry
 
 
-def close_model(model: Any) -> None:
-    """Close what a model holds besides memory (a pipeline: its connections), if it can be closed.
-
-    May block.  An error is logged and goes no further: the model goes all the same.
-    """
-    close = getattr(model, "close", None)
-    if close is not None:
-        try:
-            close()
-        except Exception:  # noqa: BLE001 - it is logged, as the docstring says
-            log_with_frames(logger, "closing a %s failed", type(model).__name__)
-
-
 def _forward(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a model without recording gradients."""
     import torch  # noqa: PLC0415 - whoever calls a model has paid for it already
 
     with torch.no_grad():
         return model(*args, **kwargs)
-
-
-def _weak_reference(model: Any) -> Callable[[], Any]:
-    """Return what gives the model as long as it lives; nothing, where that can't be seen."""
-    try:
-        return weakref.ref(model)
-    except TypeError:
-        return lambda: None
 
 
 def _component(config: ModelConfig) -> str | None:

@@ -16,7 +16,7 @@ class Candidate:
     Attributes:
         model_id: Which.
         nbytes: What its going gives back.
-        last_used: When it was last used (or loaded), in seconds since the epoch.
+        last_used: When it was last used (or loaded), on any one clock.
     """
 
     model_id: str

@@ -43,15 +43,15 @@ class DaemonThreadPoolExecutor(Executor):
         """Queue a call; its result, or whatever it raises, settles the future.
 
         Raises:
-            RuntimeError: The executor was shut down.
+            RuntimeError: The executor was shut down, or has no thread and can't start one.
         """
         future: Future[T] = Future()
         with self._lock:
             if self._closed:
                 raise RuntimeError("the executor was shut down")
-            self._queue.put((future, fn, args, kwargs))
             if not self._idle.acquire(blocking=False) and len(self._threads) < self._max_workers:
-                self._start_thread()
+                self._start_thread()  # first: if it can't be started, nothing is queued
+            self._queue.put((future, fn, args, kwargs))
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -73,11 +73,16 @@ class DaemonThreadPoolExecutor(Executor):
                 thread.join()
 
     def _start_thread(self) -> None:
-        """Start one more thread."""
+        """Start one more thread; where the system has none left, those that there are must do."""
         name = f"{self._prefix}-{len(self._threads)}"
         thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._threads.append(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:
+            if not self._threads:
+                raise
+        else:
+            self._threads.append(thread)
 
     def _cancel_queued(self) -> None:
         """Take the queued work away from the threads."""

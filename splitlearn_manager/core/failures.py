@@ -10,9 +10,13 @@ from splitlearn_manager.errors import ManagerError
 
 def describe(error: BaseException) -> str:
     """Return an error in words: ours as they are, others with their type before them."""
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - a load must end, whatever its loader makes up
+        text = "(it can't be shown)"
     if isinstance(error, ManagerError):
-        return str(error)
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def failure_code(error: BaseException) -> str:

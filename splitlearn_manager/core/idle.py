@@ -34,7 +34,7 @@ class IdleModels:
         table: The models.
         unloads: Who unloads them.
         evicts: Whether models may be evicted at all.
-        clock: Seconds since the epoch, as `last_used` has them.
+        clock: Seconds, as `idle_since` has them.
 
     Attributes:
         evicts: Whether models may be evicted at all, from now on.
@@ -46,7 +46,7 @@ class IdleModels:
         unloads: Unloads,
         *,
         evicts: bool,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._table = table
         self._unloads = unloads

@@ -12,13 +12,21 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from splitlearn_manager.core.deadlines import LoadClock, LoadDeadlines
-from splitlearn_manager.core.entries import AsyncManagedModel, FailedEntry, close_model
+from splitlearn_manager.core.disposal import (
+    close_model,
+    release_when_gone,
+    see_it_gone,
+    weak_reference,
+)
+from splitlearn_manager.core.entries import AsyncManagedModel, FailedEntry
 from splitlearn_manager.core.events import ProgressEvent, ReloadFailedEvent
 from splitlearn_manager.core.failures import describe
 from splitlearn_manager.core.model_loader import LoadedModel, contained, run_load
@@ -27,8 +35,6 @@ from splitlearn_manager.core.states import LoadPhase, ModelStatus
 from splitlearn_manager.errors import LoadCancelledError, LoadTimeoutError
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from splitlearn_core.estimate import MemoryEstimate
     from splitlearn_core.machine import Memory
     from splitlearn_manager.config.model_config import ModelConfig
@@ -148,6 +154,16 @@ class Loads:
     def _own(self, placeholder: LoadingPlaceholder, kind: str) -> None:
         name = f"{kind} of model {placeholder.model_id}"
         placeholder.owner = self._owners.own(self._load(placeholder), name)
+        placeholder.owner.add_done_callback(partial(self._see_it_settled, placeholder))
+
+    def _see_it_settled(self, placeholder: LoadingPlaceholder, owner: asyncio.Task[None]) -> None:
+        """Settle a load whose owner did not: one that is cancelled before its first step has none.
+
+        What else ended the owner is a bug, which is told rather than left to hang.
+        """
+        if not placeholder.is_settled:
+            error = None if owner.cancelled() else owner.exception()
+            self._make_failed(placeholder, error or asyncio.CancelledError())
 
     # --- One load --------------------------------------------------------------------------
 
@@ -202,10 +218,12 @@ class Loads:
 
         The capacity is looked up as well, so that it is known when the lock is held.
         """
-        with contained(config):
-            estimate = self._loader.estimate(config)
-            self._resources.capacity(config.device)
-            return estimate, self._resources.memory(config.device)
+        return contained(config, self._look_up, config)
+
+    def _look_up(self, config: ModelConfig) -> tuple[MemoryEstimate, Memory]:
+        estimate = self._loader.estimate(config)
+        self._resources.capacity(config.device)
+        return estimate, self._resources.memory(config.device)
 
     async def _work(self, placeholder: LoadingPlaceholder, fn: Callable[..., T], *args: Any) -> T:
         """Run one step of a load in a worker thread, and watch it.
@@ -256,7 +274,7 @@ class Loads:
                 raise LoadCancelledError("the load was given up before it ended")
             managed = AsyncManagedModel(
                 placeholder.model_id,
-                loaded.model,
+                loaded.take(),
                 placeholder.config,
                 generation=placeholder.generation,
                 reservation=placeholder.reservation,
@@ -267,6 +285,7 @@ class Loads:
             )
             _settle_reservation(placeholder, loaded, estimate)
             self._put(placeholder, managed)
+            placeholder.work = None
             placeholder.settle(managed)
             self._became_ready(managed)
 
@@ -352,16 +371,34 @@ def _give_back(placeholder: LoadingPlaceholder) -> None:
     if reservation is not None:
         reservation.leaving = True
     if work is not None:
+        placeholder.remains = Future()
         work.cancel()
-        work.add_done_callback(partial(_discard, reservation))
+        work.add_done_callback(partial(_discard, reservation, placeholder.remains))
 
 
-def _discard(reservation: Reservation | None, work: Future[Any]) -> None:
-    """Close a model that nobody waits for any more, and release its memory."""
-    if not work.cancelled() and work.exception() is None and isinstance(work.result(), LoadedModel):
-        close_model(work.result().model)
-    if reservation is not None:
-        reservation.release()
+def _discard(reservation: Reservation | None, remains: Future[None], work: Future[Any]) -> None:
+    """Release the memory of a step that has ended, after that of a model that nobody waits for."""
+    failed = work.cancelled() or work.exception() is not None
+    if failed or not isinstance(work.result(), LoadedModel):
+        release_when_gone(reservation, None)
+        remains.set_result(None)
+        return
+    # in a thread of its own: closing and freeing take a while, and this may be the event loop's
+    arguments = (work.result(), reservation, remains)
+    try:
+        Thread(target=_drop, args=arguments, name="splitlearn-discard", daemon=True).start()
+    except RuntimeError:  # the system has none to spare
+        _drop(*arguments)
+
+
+def _drop(loaded: LoadedModel, reservation: Reservation | None, remains: Future[None]) -> None:
+    """Close a model that came too late, and drop it."""
+    model = loaded.take()
+    close_model(model)
+    alive = weak_reference(model)
+    del model
+    release_when_gone(reservation, see_it_gone(alive))
+    remains.set_result(None)
 
 
 def _look_at(result: asyncio.Future[Any]) -> None:

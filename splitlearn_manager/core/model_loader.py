@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import logging
 import traceback
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 from splitlearn_core.errors import SplitLearnError
+from splitlearn_core.machine import return_freed_memory
 from splitlearn_core.plan import TOP, TRUNK
 from splitlearn_manager.config.model_config import AUTO, HUGGINGFACE, PIPELINE, PYTORCH
 from splitlearn_manager.core.failures import without_frames
@@ -21,13 +20,16 @@ from splitlearn_manager.core.states import LoadPhase
 from splitlearn_manager.errors import ModelFailedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
 
     from splitlearn_core.estimate import MemoryEstimate
     from splitlearn_manager.config.model_config import ModelConfig
     from splitlearn_manager.core.progress import LoadProgress
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 WARM_UP_POSITIONS = 8
 """Positions of the forward that warms a part up; fewer where the model has fewer."""
@@ -112,68 +114,110 @@ def _arguments(config: ModelConfig) -> dict[str, Any]:
         "revision": part.revision,
         "allow_empty": part.allow_empty,
         "mmap": part.mmap,
+        "allow_uncertified": part.allow_uncertified,
     }
 
 
 def warm_up(model: Any) -> None:
     """Run one forward with an input that fits the part; what it raises is the caller's.
 
-    A Trunk or Top gets a hidden state, `[1, 8, hidden]` zeros of its own dtype; whatever else it
-    is gets token ids, `[1, 8]` zeros (int64).
+    A Trunk or Top gets a hidden state, `[1, 8, hidden]` zeros of its own dtype, with zeros for what
+    must go with it; whatever else it is gets token ids, `[1, 8]` zeros (int64).
     """
     import torch  # noqa: PLC0415 - the model has imported it
 
-    positions = min(WARM_UP_POSITIONS, model.max_positions or WARM_UP_POSITIONS)
-    takes_hidden = model.component.startswith((TRUNK, TOP))
-    shape = (1, positions, model.hidden_size) if takes_hidden else (1, positions)
-    dtype = model.dtype if takes_hidden else torch.long
     with torch.no_grad():
-        model(torch.zeros(shape, dtype=dtype, device=model.device))
+        model(_example(model))
 
 
-@dataclass(frozen=True)
+def _example(model: Any) -> Any:
+    """Return the input that warms a part up."""
+    import torch  # noqa: PLC0415 - the model has imported it
+
+    from splitlearn_core.hidden_state import HiddenState  # noqa: PLC0415 - imports torch
+
+    shape = (1, min(WARM_UP_POSITIONS, model.max_positions or WARM_UP_POSITIONS))
+    if not model.component.startswith((TRUNK, TOP)):
+        return torch.zeros(shape, dtype=torch.long, device=model.device)
+    side = {
+        value.name: torch.zeros(
+            (*shape, *(size.most or 1 if size.exact else 1 for size in value.sizes)),
+            dtype=getattr(torch, value.dtype),
+            device=model.device,
+        )
+        for value in model.side_inputs
+    }
+    hidden = torch.zeros(
+        (*shape, *model.hidden_shape), dtype=model.hidden_dtype, device=model.device
+    )
+    return HiddenState(hidden, side).handed_on
+
+
 class LoadedModel:
-    """What a load brings back.
+    """What a load brings back, to be taken once.
+
+    Futures and tasks keep the result of a load for as long as anybody keeps them.  What they keep
+    is this, not the model: who has taken that is the only one who has it.
 
     Attributes:
-        model: The model.
         resident_bytes: What its weights were measured to take; `None` if it can't be asked.
     """
 
-    model: Any
-    resident_bytes: int | None
+    def __init__(self, model: Any, resident_bytes: int | None) -> None:
+        self.resident_bytes = resident_bytes
+        self._model = model
+
+    def take(self) -> Any:
+        """Return the model, the first time; `None` from then on."""
+        model, self._model = self._model, None
+        return model
 
 
 def run_load(loader: Loader, config: ModelConfig, progress: LoadProgress) -> LoadedModel:
     """Run a whole load in a worker thread.
 
     Raises:
-        Exception: What `contained` lets through.
+        Exception: What `contained` lets through.  What was read by then is given back.
     """
-    with contained(config):
-        progress.enter(LoadPhase.READING)
-        model = loader.load_from_config(config, progress)
-        measure = getattr(model, "resident_bytes", None)
-        return LoadedModel(model, None if measure is None else int(measure()))
+    try:
+        return contained(config, _load_and_measure, loader, config, progress)
+    except Exception:
+        return_freed_memory()
+        raise
 
 
-@contextmanager
-def contained(config: ModelConfig) -> Iterator[None]:
-    """Let a loader's error pass without its frames, which would keep tensors alive.
+def _load_and_measure(loader: Loader, config: ModelConfig, progress: LoadProgress) -> LoadedModel:
+    """Load a model, and ask it what it takes."""
+    progress.enter(LoadPhase.READING)
+    model = loader.load_from_config(config, progress)
+    measure = getattr(model, "resident_bytes", None)
+    return LoadedModel(model, None if measure is None else int(measure()))
+
+
+def contained(config: ModelConfig, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a loader, and let its error pass without its frames, which would keep tensors alive.
+
+    No context manager: one that is made of a generator puts the frames back.
 
     Raises:
         ModelFailedError: The loader raised what is no `Exception`: a load that exits must not end
             the program that waits for it.
         Exception: Anything else that it raised.
     """
+    failure: Exception
     try:
-        yield
-    except Exception as error:
+        return fn(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001 - it is raised below
         _log_failure(config, error)
-        without_frames(error)
-        raise
+        failure = error
     except BaseException as error:  # noqa: BLE001 - see above
-        raise ModelFailedError(f"the loader ended with {error!r}") from without_frames(error)
+        failure = ModelFailedError(f"the loader ended with {error!r}")
+        failure.__cause__ = error
+    without_frames(failure)
+    try:
+        raise failure
+    finally:
+        del failure  # this frame is in its traceback: a cycle
 
 
 def _log_failure(config: ModelConfig, error: Exception) -> None:

@@ -105,7 +105,8 @@ class ResourceManager:
             raise ValueError(f"memory_limit must not be negative, found {memory_limit}")
         self.max_memory_percent = max_memory_percent
         self.memory_limit = memory_limit
-        self._mutex = threading.Lock()
+        # a finalizer may release a reservation wherever the collector runs, here included
+        self._mutex = threading.RLock()
         self._held: list[Reservation] = []
         self._under_way: set[Reservation] = set()
         self._capacities: dict[str, int] = {}
@@ -169,7 +170,7 @@ class ResourceManager:
         capacity, available = self.capacity(pool), self.memory(pool).available
         with self._mutex:
             by_model = self._by_model(pool)
-            gone = [r for r in self._held if r.device == pool and (r.leaving or r.lingering)]
+            gone = [r for r in tuple(self._held) if r.device == pool and (r.leaving or r.lingering)]
             leaving = sum(r.nbytes for r in gone)
         return ResourceUsage(pool, capacity, by_model.total(), available, dict(by_model), leaving)
 
@@ -197,7 +198,7 @@ class ResourceManager:
         with self._mutex:
             return any(
                 held.device == pool and (held.leaving or held in self._under_way)
-                for held in self._held
+                for held in tuple(self._held)
             )
 
     def devices(self) -> tuple[str, ...]:
@@ -210,13 +211,13 @@ class ResourceManager:
         room = capacity - self._by_model(pool).total()
         if pool == HOST and self.memory_limit is not None:
             return room
-        coming = sum(held.nbytes for held in self._under_way if held.device == pool)
+        coming = sum(held.nbytes for held in tuple(self._under_way) if held.device == pool)
         return min(room, available - coming)
 
     def _by_model(self, pool: str) -> Counter[str]:
         """Return what each model has reserved on a device."""
         by_model: Counter[str] = Counter()
-        for held in self._held:
+        for held in tuple(self._held):
             if held.device == pool:
                 by_model[held.model_id] += held.nbytes
         return by_model

@@ -10,6 +10,10 @@ HEALING = (ConnectionError, TimeoutError)
 no memory) is as wrong the next time, until somebody mends it."""
 
 
+_MOST_DOUBLINGS = 60
+"""By then any wait is longer than the longest; a float has room for it, and not for any number."""
+
+
 @dataclass(frozen=True)
 class RetryPolicy:
     """When a load is tried again.
@@ -33,7 +37,8 @@ class RetryPolicy:
 
     def pause(self, failures: int) -> float:
         """Return the seconds that are long enough after so many failures."""
-        return min(self.first * 4.0 ** (failures - 1), self.longest)
+        doublings = min(2 * (failures - 1), _MOST_DOUBLINGS)
+        return min(self.first * 2.0**doublings, self.longest)
 
 
 def may_heal(error: BaseException) -> bool:

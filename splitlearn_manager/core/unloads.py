@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from splitlearn_manager.core.disposal import release_when_gone
 from splitlearn_manager.core.drain import Drain
 from splitlearn_manager.core.states import ABSENT, ModelStatus
 from splitlearn_manager.core.table import new_operation_id
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from concurrent.futures import Future
 
     from splitlearn_manager.core.entries import AsyncManagedModel
@@ -29,6 +27,9 @@ if TYPE_CHECKING:
     from splitlearn_manager.core.table import ModelTable
 
 logger = logging.getLogger(__name__)
+
+LONGEST = 3.2e9
+"""Seconds above which nobody waits for the end; event loops have no room for any number."""
 
 DRAIN_TIMEOUT = 20.0
 """Seconds that uses in flight are given, where the caller says nothing."""
@@ -99,6 +100,8 @@ class Unloads:
 def check_timeout(seconds: float | None) -> float | None:
     """Return a time limit as asyncio has it: `None` is for ever; given `None`, the usual one.
 
+    What is longer than a century, `math.inf` included, is for ever.
+
     Raises:
         ValueError: It is negative, or not a number.
     """
@@ -106,34 +109,33 @@ def check_timeout(seconds: float | None) -> float | None:
         return DRAIN_TIMEOUT
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
         raise ValueError(f"a timeout must be a number of seconds, found {seconds!r}")  # noqa: TRY004
-    if math.isnan(seconds) or seconds < 0:
+    if seconds > LONGEST:
+        return None
+    if not seconds >= 0:  # as NaN is not
         raise ValueError(f"a timeout must be 0 seconds or more, found {seconds!r}")
-    return None if math.isinf(seconds) else seconds
+    return seconds
 
 
 def _unreturned(managed: AsyncManagedModel, closed: Future[Any]) -> int:
     """Return what of a model's memory is not back."""
     if closed.done() and not closed.cancelled() and closed.result() is None:
         return 0
-    return managed.resident_bytes
+    return managed.resident_bytes or _held(managed)
 
 
 def _why_not_back(managed: AsyncManagedModel, closed: Future[Any]) -> str:
     """Say why memory is not back."""
-    what = f"{managed.resident_bytes} bytes are not back and stay reserved"
+    what = f"{managed.unreturned_bytes} bytes are not back and stay reserved"
     if not closed.done():
         return f"{what}: its thread is still in a forward"
     return f"{what}: something else still refers to the model"
 
 
 def _release(reservation: Reservation | None, closed: Future[Any]) -> None:
-    """Release a model's memory, once nothing refers to it any more."""
-    if reservation is None:
-        return
-    alive: Callable[[], Any] | None = None if closed.cancelled() else closed.result()
-    model = None if alive is None else alive()
-    if model is None:
-        reservation.release()
-        return
-    reservation.leaving, reservation.lingering = False, True
-    weakref.finalize(model, reservation.release).atexit = False
+    """Release a model's memory when it is gone."""
+    release_when_gone(reservation, None if closed.cancelled() else closed.result())
+
+
+def _held(managed: AsyncManagedModel) -> int:
+    """Return what is reserved for a model."""
+    return 0 if managed.reservation is None else managed.reservation.nbytes

@@ -61,6 +61,9 @@ class FakePart:
     nbytes = 80
     num_layers = 5
     hidden_size = 4
+    hidden_shape = (4,)
+    side_inputs = ()
+    side_outputs = ()
     max_positions = 16
 
     def __init__(self, component: str = "trunk") -> None:
@@ -71,6 +74,10 @@ class FakePart:
         self.entered = threading.Semaphore(0)
         self.gate = threading.Event()
         self.gate.set()
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        return self.dtype
 
     def num_parameters(self) -> int:
         return 20
