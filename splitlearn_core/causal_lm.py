@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 from torch import nn
@@ -73,6 +73,16 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
     def dtype(self) -> torch.dtype:
         """Dtype of Bottom's weights."""
         return self.bottom.dtype
+
+    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse: a chain has no files of its own, and its parts may be elsewhere.
+
+        Raises:
+            NotImplementedError: Always; `part.save(folder)` saves a part.
+        """
+        raise NotImplementedError(
+            "a chain of parts can't be saved as one model; save its parts: part.save(folder)"
+        )
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -219,6 +229,8 @@ def _check_wishes(arguments: dict[str, Any]) -> None:
 def _check_chain(bottom: SplitModel, trunks: Sequence[Any], top: SplitModel) -> None:
     """Check that each part begins where the one before it ends."""
     chain = (bottom, *trunks, top)
+    if any(part is None for part in chain):
+        raise ValueError("a part of the chain is None: was it left out of `parts`?")
     spans = [f"{part.component} [{part.start_layer}, {part.end_layer})" for part in chain]
     follow = all(a.end_layer == b.start_layer for a, b in pairwise(chain))
     num_layers = top.config.get_text_config(decoder=True).num_hidden_layers
@@ -227,10 +239,13 @@ def _check_chain(bottom: SplitModel, trunks: Sequence[Any], top: SplitModel) -> 
         raise ValueError(
             f"the parts don't make a whole model of {num_layers} layers: {', '.join(spans)}"
         )
-    if bottom.config.model_type != top.config.model_type:
-        raise ValueError(
-            f"Bottom is of a {bottom.config.model_type}, Top of a {top.config.model_type}"
-        )
+    for part in chain:
+        config = getattr(part, "config", None)  # a part that lives elsewhere need not have one
+        if config is not None and config.model_type != bottom.config.model_type:
+            raise ValueError(
+                f"Bottom is of a {bottom.config.model_type}, {part.component} of a"
+                f" {config.model_type}"
+            )
 
 
 def _generation_config(top: SplitModel) -> GenerationConfig:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import torch
 
+from splitlearn_core.dtype_names import WEIGHT_DTYPES, plain_dtype_name
+
 # safetensors' names, https://github.com/huggingface/safetensors#format
 BY_STORED_NAME: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -26,9 +28,6 @@ BY_STORED_NAME: dict[str, torch.dtype] = {
     "F64": torch.float64,
 }
 
-_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16"}
-WEIGHT_DTYPES = ("float32", "float16", "bfloat16", "float64")
-
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """Return the dtype that weights are wanted in; `None` keeps what is stored.
@@ -41,9 +40,8 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """
     if dtype is None:
         return None
-    name = str(dtype).removeprefix("torch.")
-    name = _ALIASES.get(name, name)
-    if name not in WEIGHT_DTYPES:
+    name = plain_dtype_name(dtype)
+    if name is None:
         raise ValueError(f"unknown dtype {dtype!r}; weights can be {', '.join(WEIGHT_DTYPES)}")
     resolved = getattr(torch, name)
     if not isinstance(resolved, torch.dtype):

@@ -58,8 +58,14 @@ class HiddenState:
         """Device of the tensor."""
         return self.tensor.device
 
-    def to(self, device: torch.device | str) -> HiddenState:
-        """Return it on another device."""
+    def to(self, device: torch.device | str | int) -> HiddenState:
+        """Return it on another device.
+
+        Raises:
+            TypeError: A dtype was given: some of what goes along are whole numbers.
+        """
+        if isinstance(device, torch.dtype):
+            raise TypeError("a HiddenState keeps its dtypes: parts agree in them")
         side = {name: value.to(device) for name, value in self.side.items()}
         return replace(self, tensor=self.tensor.to(device), side=side)
 

@@ -93,8 +93,8 @@ class FileRecord:
 
 
 def save_part(part: SplitModel, path: str | os.PathLike[str]) -> None:
-    """Write `part` as a folder, see `SplitModel.save`."""
-    folder = Path(path)
+    """Write `part` as a folder, see `SplitModel.save`; `…/trunk.pt` means the folder `…/trunk`."""
+    folder = part_folder(path)
     folder.mkdir(parents=True, exist_ok=True)
     with _writing(folder), ExitStack() as last_first:
         manifest = last_first.enter_context(_replacing(folder / MANIFEST_FILE))

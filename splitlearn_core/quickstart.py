@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.dtypes import as_dtype
+from splitlearn_core.errors import CheckpointError
 from splitlearn_core.factory import ModelFactory, find_model, load_component
 from splitlearn_core.loading.files import local_config
 from splitlearn_core.loading.whole import load_whole_model
+from splitlearn_core.messages import in_one_line
 from splitlearn_core.plan import BOTTOM, TOP, check_split_points
 
 if TYPE_CHECKING:
@@ -146,7 +148,17 @@ def _tokenizer(files: CheckpointFiles) -> Any:
     found = [name for name in (*wanted, "merges.txt", "tokenizer.model") if files.find(name)]
     if not found:
         return None
-    return AutoTokenizer.from_pretrained(local_config(files), local_files_only=True)
+    folder = local_config(files)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (AttributeError, LookupError, TypeError, ValueError, OSError) as error:
+        if "trust_remote_code" in str(error):
+            why = "it needs code that comes with the model (auto_map), which is never run"
+        else:
+            why = in_one_line(error)
+        raise CheckpointError(
+            f"the tokenizer in {folder} ({', '.join(found)}) can't be read: {why}"
+        ) from error
 
 
 def load_bottom_model(

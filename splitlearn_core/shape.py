@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from splitlearn_core.dtype_names import WEIGHT_DTYPES, plain_dtype_name
 from splitlearn_core.errors import CheckpointError, ModelSourceError, UnsupportedModelError
 from splitlearn_core.families import Family, family_of
 from splitlearn_core.messages import short
@@ -97,6 +98,7 @@ def shape_of(config: dict[str, Any], where: str, find_family: FindFamily = famil
         raise CheckpointError(f"{where} names no model_type, so its architecture is unknown")
     family = _family(model_type, where, find_family)
     dtype = config.get("dtype", config.get("torch_dtype"))
+    _check_dtype(dtype, where)
     text = config.get("text_config")
     decoder = text if isinstance(text, dict) and family.layer_count_key not in config else config
     return ModelShape(
@@ -124,6 +126,14 @@ def _refuse_code(config: dict[str, Any], where: str) -> None:
                 f"{where} asks for code from a hub ({key}: {short(value)}); that code is never run,"
                 " take the field out"
             )
+
+
+def _check_dtype(dtype: object, where: str) -> None:
+    """Refuse a dtype that weights can't have."""
+    if dtype is not None and (not isinstance(dtype, str) or plain_dtype_name(dtype) is None):
+        raise CheckpointError(
+            f"{where}: dtype is {short(dtype)}; weights can be {', '.join(WEIGHT_DTYPES)}"
+        )
 
 
 def _check_counts(config: dict[str, Any], where: str) -> None:
