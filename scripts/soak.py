@@ -54,6 +54,7 @@ CAMPAIGNS = {
     "stress": Campaign(
         "stress", 1024, "32 tasks load and unload one model, requests meanwhile; 1,000 reloads"
     ),
+    "leaks": Campaign("leaks", 1000, "a part of 100 MB is loaded and unloaded in one process"),
     "lifecycle": Campaign(
         "lifecycle", 12_000, "random operations on a manager, which is looked at after each"
     ),

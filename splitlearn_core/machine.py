@@ -53,6 +53,36 @@ def return_freed_memory() -> bool:
     return True
 
 
+# mallopt(3); a threshold that is set stays, else glibc raises both with each large block freed
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_MMAP_THRESHOLD = 1 << 20
+_TRIM_THRESHOLD = 64 << 20
+_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+
+
+def map_large_blocks() -> bool:
+    """Let glibc map each block of 1 MiB or more for itself, in the whole process.
+
+    Such a block goes back to the system when it is freed.  Left alone, glibc maps ever larger
+    blocks only, and a tensor at the end of a thread's arena stays, even when memory is trimmed:
+    loading and unloading a part again and again leaves some tens of MB behind, now more, now less.
+
+    Returns:
+        Whether that was done: not where there is no glibc, or its settings come from the
+        environment.
+    """
+    if any(name in os.environ for name in _SETTINGS):
+        return False
+    if "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is None:
+        return False
+    done = mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
+    return bool(done and mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD))
+
+
 @dataclass(frozen=True)
 class _Layout:
     """Where one version of cgroups keeps its figures."""

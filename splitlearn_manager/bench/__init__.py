@@ -26,5 +26,6 @@ BENCHMARKS = {
     "load": Benchmark(
         "splitlearn_manager.bench.load",
         ("stored", "cast", "all-parts", "cold", "names", "peers", "hub"),
-    )
+    ),
+    "manager": Benchmark("splitlearn_manager.bench.manager", ("lock", "lag", "infer", "list")),
 }

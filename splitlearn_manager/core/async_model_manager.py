@@ -23,6 +23,7 @@ import logging
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
 
+from splitlearn_core.machine import map_large_blocks
 from splitlearn_manager.core.admission import Admission
 from splitlearn_manager.core.entries import AsyncManagedModel, FailedEntry, LoadingPlaceholder
 from splitlearn_manager.core.executor import DaemonThreadPoolExecutor
@@ -105,7 +106,8 @@ class AsyncModelManager:
         on_failed_reload: Likewise, with every `ReloadFailedEvent`.
 
     Making a manager imports torch and sets its threads, once, before any of them runs; with
-    `single_threaded=False` and no `num_threads` it does neither.
+    `single_threaded=False` and no `num_threads` it does neither.  It also has the C library give
+    large blocks back to the system as they are freed (`splitlearn_core.machine.map_large_blocks`).
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class AsyncModelManager:
         if max_models < 1:
             raise ValueError(f"max_models must be at least 1, found {max_models}")
         _configure_threads(single_threaded, num_threads)
+        map_large_blocks()
         self.resource_manager = ResourceManager() if resource_manager is None else resource_manager
         self.max_models = max_models
         self.loader: Loader = ModelLoader() if loader is None else loader
