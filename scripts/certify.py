@@ -6,7 +6,6 @@ import argparse
 import json
 import signal
 import sys
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 from certifier import DifferenceError, certify  # noqa: E402 - from the folder above
 from tiny_models import causal_types  # noqa: E402
 
-from splitlearn_core.families import CERTIFIED, Family  # noqa: E402
+from splitlearn_core.families import CERTIFIED  # noqa: E402
 from splitlearn_core.tracing import NotAChainError  # noqa: E402
 
 OUT = ROOT / "splitlearn_core" / "families" / "certified.json"
@@ -54,7 +53,7 @@ def examine(model_type: str) -> dict[str, Any]:
     signal.signal(signal.SIGALRM, _too_slow)
     signal.alarm(SECONDS)
     try:
-        return {"status": CERTIFIED, "family": as_data(certify(model_type))}
+        return {"status": CERTIFIED, "family": certify(model_type).to_dict()}
     except NotAChainError as error:
         reason = str(error)
     except DifferenceError as error:
@@ -65,16 +64,6 @@ def examine(model_type: str) -> dict[str, Any]:
     finally:
         signal.alarm(0)
     return {"status": "refused", "reason": reason}
-
-
-def as_data(family: Family) -> dict[str, Any]:
-    """Return what of a family is not the default."""
-    values = {f.name: (getattr(family, f.name), f.default) for f in fields(family)}
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, (value, default) in values.items()
-        if default is MISSING or value != default
-    }
 
 
 def _too_slow(*_: object) -> None:

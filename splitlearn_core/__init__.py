@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from splitlearn_core.causal_lm import SplitCausalLM
     from splitlearn_core.errors import CheckpointError, SplitLearnError
     from splitlearn_core.factory import ModelFactory
+    from splitlearn_core.hidden_state import HiddenState
     from splitlearn_core.plan import ComponentSpec, SplitPlan
     from splitlearn_core.registry import ModelRegistry
     from splitlearn_core.split_model import SplitModel
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "ComponentSpec",
+    "HiddenState",
     "ModelFactory",
     "ModelRegistry",
     "SplitCausalLM",
@@ -39,6 +41,7 @@ _HOMES = {
     "ModelRegistry": "registry",
     "SplitCausalLM": "causal_lm",
     "SplitLearnError": "errors",
+    "HiddenState": "hidden_state",
     "SplitModel": "split_model",
     "SplitPlan": "plan",
 }

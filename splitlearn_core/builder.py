@@ -10,6 +10,7 @@ from splitlearn_core.dtypes import dtype_name
 from splitlearn_core.families import family_of
 from splitlearn_core.loading.materialize import Placement, materialize, plan_reads
 from splitlearn_core.loading.names import map_names
+from splitlearn_core.loading.stages import LoadStage, NeverBack, enter_stage
 from splitlearn_core.pruning import prune
 from splitlearn_core.skeleton import build_skeleton, check_tables
 from splitlearn_core.split_model import SplitModel
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from splitlearn_core.families import Family
-    from splitlearn_core.loading.materialize import PartReads, Progress
+    from splitlearn_core.loading.materialize import PartReads
     from splitlearn_core.loading.names import NameMap
     from splitlearn_core.loading.sources import TensorSource
+    from splitlearn_core.loading.stages import Progress
+    from splitlearn_core.passage import Passage
     from splitlearn_core.plan import ComponentSpec
-    from splitlearn_core.pruning import Inlet
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,13 @@ class Blueprint:
     Attributes:
         model: Pruned, on the meta device.
         family: How the architecture is built.
-        inlet: Where its forwards find what they are given.
+        passage: Where its forwards find what they are given.
         reads: What it needs from the checkpoint.
     """
 
     model: PreTrainedModel
     family: Family
-    inlet: Inlet
+    passage: Passage
     reads: PartReads
 
 
@@ -83,10 +85,10 @@ def draw_each(
     for spec in specs:
         model = build_skeleton(copy.deepcopy(config), checkpoint)
         names = names or map_names(model, source.names(), checkpoint)
-        inlet = prune(model, family, spec)
+        passage = prune(model, family, spec)
         check_tables(model, checkpoint)
         reads = plan_reads(model, names, source, checkpoint, getattr(config, "dtype", None))
-        yield Blueprint(model, family, inlet, reads)
+        yield Blueprint(model, family, passage, reads)
 
 
 def build_part(
@@ -101,7 +103,7 @@ def build_part(
 ) -> SplitModel:
     """Build one part, in evaluation mode.
 
-    Peak memory: the part plus one tensor, where tensors must be cast, moved or copied; otherwise
+    Peak memory: the part plus two tensors, where tensors must be cast, moved or copied; otherwise
     only what the mapped pages take that are touched.
 
     Args:
@@ -119,21 +121,10 @@ def build_part(
     """
     blueprint = draw(config, spec, source, checkpoint, family)
     model = blueprint.model
-    report = _never_back(progress) if progress is not None else None
+    report = NeverBack(progress) if progress is not None else None
     source.prepare(blueprint.reads.stored, report)
+    enter_stage(report, LoadStage.READING)
     materialize(model, blueprint.reads, source, placement, report)
-    part = SplitModel(model, spec, blueprint.family, blueprint.inlet)
+    part = SplitModel(model, spec, blueprint.family, blueprint.passage)
     model.config.dtype = dtype_name(part.dtype)
     return part
-
-
-def _never_back(progress: Progress) -> Progress:
-    """Let tensors that were fetched, and now are placed, count once."""
-    highest = 0
-
-    def report(done: int, total: int) -> None:
-        nonlocal highest
-        highest = max(highest, done)
-        progress(highest, total)
-
-    return report

@@ -103,6 +103,8 @@ class PartCache(DynamicCache):
     def __init__(self, config: PreTrainedConfig, spec: ComponentSpec) -> None:
         super().__init__(config=config)
         self.spec = spec
+        self._config = config
+        self._shared: dict[str, int] = {}
         owned = range(spec.start_layer, spec.end_layer)
         self.layers = [
             layer if number in owned else _ghost_of(layer)  # type: ignore[misc]  # mixed in
@@ -114,6 +116,28 @@ class PartCache(DynamicCache):
         for layer in self.layers:
             if isinstance(layer, GhostLayer):
                 layer.advance(positions)
+
+    def extend_shared(
+        self, kind: str, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add what another part's layer computed that layers here share, and return all of it.
+
+        It has a slot of its own after those of the model's layers, so that whatever is done to the
+        cache's rows and positions is done to it as well.
+
+        Args:
+            kind: Which layers share it: their type, as the config has it.
+            keys: Those of the new positions, [batch, heads, new, size].
+            values: Likewise.
+
+        Returns:
+            Keys and values as such a layer would have been given them.
+        """
+        if kind not in self._shared:
+            types = self._config.get_text_config(decoder=True).layer_types
+            self._shared[kind] = len(self.layers)
+            self.layers.append(DynamicCache(config=self._config).layers[types.index(kind)])
+        return self.update(keys, values, self._shared[kind])
 
     @property
     def nbytes(self) -> int:

@@ -141,8 +141,15 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         shared: dict[str, Any],
         last: dict[str, Any],
     ) -> Any:
-        """Run every part in turn: each with what is `shared`, Top with what is for the `last`."""
+        """Run every part in turn: each with what is `shared`, Top with what is for the `last`.
+
+        Positions that nobody wants are dropped early where the architecture does so, unless a part
+        is elsewhere: it computes all of them.
+        """
         slots = (None,) * len(self.parts) if cache is None else cache.parts
+        if all(getattr(part, "drops_positions", False) for part in self.parts):
+            shared = shared | {"logits_to_keep": last["logits_to_keep"]}
+            last = {name: value for name, value in last.items() if name not in shared}
         types = {name: last[name] for name in ("token_type_ids",) if name in last}
         hidden = self.bottom(input_ids, past_key_values=slots[0], **shared, **types)
         for part, slot in zip(self._middle, slots[1:-1], strict=True):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
 import torch
 
 # safetensors' names, https://github.com/huggingface/safetensors#format
@@ -46,6 +49,21 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if not isinstance(resolved, torch.dtype):
         raise TypeError(f"torch.{name} is no dtype")
     return resolved
+
+
+def main_dtype(sizes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype | None:
+    """Return the floating-point dtype that most values have; `None` where there is none.
+
+    A few small tensors (norms, biases of routers) may be float32 among weights of another dtype.
+
+    Args:
+        sizes: Dtype and number of values of each tensor.
+    """
+    counts: Counter[torch.dtype] = Counter()
+    for dtype, size in sizes:
+        if dtype.is_floating_point:
+            counts[dtype] += size
+    return counts.most_common(1)[0][0] if counts else None
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from splitlearn_core.loading.ahead import AT_ONCE
+
 if TYPE_CHECKING:
     from splitlearn_core.loading.materialize import Placement
     from splitlearn_core.loading.sources import StoredTensor
@@ -44,6 +46,6 @@ def estimate_tensors(stored: Iterable[StoredTensor], placement: Placement) -> Me
     for tensor in stored:
         final = placement.final_dtype(tensor)
         steady += tensor.nbytes // tensor.dtype.itemsize * final.itemsize
-        if placement.copies(tensor):
-            largest_passing = max(largest_passing, tensor.nbytes)
-    return MemoryEstimate(steady + largest_passing, steady)
+        if tensor.nbytes > largest_passing and placement.copies(tensor):
+            largest_passing = tensor.nbytes
+    return MemoryEstimate(steady + AT_ONCE * largest_passing, steady)

@@ -12,13 +12,16 @@ from splitlearn_core.builder import build_part, draw
 from splitlearn_core.devices import check_device, resolve_devices
 from splitlearn_core.dtypes import as_dtype
 from splitlearn_core.estimate import MemoryEstimate, estimate_tensors
-from splitlearn_core.families import KNOWN_TYPES, family_of
+from splitlearn_core.families import KNOWN_TYPES, Family, family_of
 from splitlearn_core.loading.files import CheckpointFiles, find_files, local_config
-from splitlearn_core.loading.materialize import Placement, Progress
+from splitlearn_core.loading.generation import generation_config_for
+from splitlearn_core.loading.materialize import Placement
 from splitlearn_core.loading.opening import open_source
+from splitlearn_core.loading.stages import Progress
 from splitlearn_core.loading.whole import open_whole_model
 from splitlearn_core.plan import FULL, TRUNK, ComponentSpec, SplitPlan
 from splitlearn_core.skeleton import load_config
+from splitlearn_core.uncertified import any_family
 from splitlearn_core.utils.memory import MemoryTracker
 from splitlearn_core.utils.storage import StorageManager
 
@@ -41,10 +44,12 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model that was found: its files and config, nothing of its weights."""
+    """A model that was found: its files, config and architecture, nothing of its weights."""
 
     files: CheckpointFiles
     config: PreTrainedConfig
+    family: Family
+    allow_uncertified: bool = False
 
     @property
     def description(self) -> str:
@@ -65,16 +70,18 @@ def find_model(
     revision: str | None = None,
     token: str | bool | None = None,
     progress_bar: bool = False,
+    allow_uncertified: bool = False,
 ) -> OpenModel:
-    """Find a model and read its config; arguments as in `find_files`.
+    """Find a model and read its config; arguments as in `find_files` and `load_component`.
 
     Raises:
         ModelSourceError: (a `FileNotFoundError`) There is no model of that name.
         UnsupportedModelError: (a `KeyError`) The architecture is not known.
         ValueError: The config is of another `model_type` than was asked for.
     """
+    find_family = any_family if allow_uncertified else family_of
     if model_type != AUTO:
-        family_of(model_type)
+        find_family(model_type)
     files = find_files(
         model_name_or_path,
         cache_dir=cache_dir,
@@ -82,13 +89,13 @@ def find_model(
         token=token,
         progress_bar=progress_bar,
     )
-    config = load_config(local_config(files))
+    config = load_config(local_config(files), find_family)
     if model_type not in {AUTO, config.model_type}:
         raise ValueError(
             f"{files.description} is a {config.model_type} model, not {model_type}; use that type,"
             f" or '{AUTO}'"
         )
-    return OpenModel(files, config)
+    return OpenModel(files, config, find_family(config.model_type), allow_uncertified)
 
 
 def load_component(
@@ -106,6 +113,7 @@ def load_component(
     progress: Progress | None = None,
     token: str | bool | None = None,
     verbose: bool = False,
+    allow_uncertified: bool = False,
 ) -> SplitModel:
     """Load one part, from the open checkpoint, with that part's memory alone.
 
@@ -126,13 +134,16 @@ def load_component(
             from a hub, for the next time.
         token: For the hub; `None` uses `HF_TOKEN` or the login.
         verbose: Show a bar while something is fetched.
+        allow_uncertified: Let in an architecture that was not certified, as its own forward shows
+            it to be built.
 
     Raises:
         ModelSourceError: (a `FileNotFoundError`) There is no such model.
         CheckpointError: (a `ValueError`) The checkpoint is damaged or incomplete.
         FetchError: (a `ConnectionError`) The hub failed, again and again.
         StorageError: (an `OSError`) What comes from the hub can't be written.
-        UnsupportedModelError: (a `KeyError`) The architecture is not known.
+        UnsupportedModelError: (a `KeyError`) The architecture is not known, or is not certified and
+            `allow_uncertified` was not given, or is no chain of layers.
         ValueError: Bad split points, dtype or device.
         KeyError: No component of that name.
     """
@@ -144,12 +155,23 @@ def load_component(
         revision=revision,
         token=token,
         progress_bar=verbose,
+        allow_uncertified=allow_uncertified,
     )
     spec = _spec(model, component, split_points, allow_empty=allow_empty)
+    settings = generation_config_for(spec, model.files)
     with closing(open_source(model.files)) as source:
-        return build_part(
-            model.config, spec, source, placement, checkpoint=model.description, progress=progress
+        part = build_part(
+            model.config,
+            spec,
+            source,
+            placement,
+            checkpoint=model.description,
+            progress=progress,
+            family=model.family,
         )
+    if settings is not None:
+        part.model.generation_config = settings
+    return part
 
 
 def estimate_component(
@@ -165,6 +187,7 @@ def estimate_component(
     allow_empty: bool = False,
     mmap: bool = True,
     token: str | bool | None = None,
+    allow_uncertified: bool = False,
 ) -> MemoryEstimate:
     """Return what `load_component` with the same arguments will need, from headers alone.
 
@@ -177,10 +200,11 @@ def estimate_component(
         cache_dir=cache_dir,
         revision=revision,
         token=token,
+        allow_uncertified=allow_uncertified,
     )
     spec = _spec(model, component, split_points, allow_empty=allow_empty)
     with closing(open_source(model.files)) as source:
-        blueprint = draw(model.config, spec, source, model.description)
+        blueprint = draw(model.config, spec, source, model.description, model.family)
         return estimate_tensors(blueprint.reads.stored.values(), placement)
 
 
@@ -220,6 +244,7 @@ class ModelFactory:
         mmap: bool = True,
         more_split_points: Sequence[int] = (),
         token: str | bool | None = None,
+        allow_uncertified: bool = False,
     ) -> Parts:
         """Cut a model into Bottom, Trunk and Top.
 
@@ -244,6 +269,7 @@ class ModelFactory:
             mmap: Let weights stay views of their file, where nothing must change.
             more_split_points: Further cuts; each makes one more Trunk.
             token: For the hub; `None` uses `HF_TOKEN` or the login.
+            allow_uncertified: Let in an architecture that was not certified.
 
         Returns:
             (bottom, trunk, top) in evaluation mode; with more split points `trunk` is a list.
@@ -260,6 +286,7 @@ class ModelFactory:
             revision=revision,
             token=token,
             progress_bar=verbose,
+            allow_uncertified=allow_uncertified,
         )
         points = (split_point_1, split_point_2, *more_split_points)
         plan = SplitPlan.from_split_points(model.num_layers, points, allow_empty=allow_empty)
@@ -308,7 +335,7 @@ def _choose_source(
         logger.info("incremental loading of %s: %s", model.description, reason)
         return open_source(model.files)
     logger.info("traditional loading of %s: all parts, low_memory=False", model.description)
-    return open_whole_model(model.files, model.config, dtype)
+    return open_whole_model(model.files, model.config, dtype, model.family)
 
 
 def _build_all(
@@ -323,9 +350,17 @@ def _build_all(
     tracker.snapshot("start")
     for spec in wanted:
         tracker.say(f"Loading component: {_describe(spec)}")
+        settings = generation_config_for(spec, model.files)
         built[spec.name] = build_part(
-            model.config, spec, source, placements[spec.name], checkpoint=model.description
+            model.config,
+            spec,
+            source,
+            placements[spec.name],
+            checkpoint=model.description,
+            family=model.family,
         )
+        if settings is not None:
+            built[spec.name].model.generation_config = settings
         tracker.snapshot(f"{spec.name} loaded")
         tracker.report()
     return built

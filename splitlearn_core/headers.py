@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
+from splitlearn_core.collector import collector_paused
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.messages import short
 from splitlearn_core.regular_files import open_regular, parse_json, read_json
@@ -40,9 +40,8 @@ DTYPE_BYTES: dict[str, int] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """One stored tensor.
+class TensorInfo(NamedTuple):
+    """One stored tensor.  There may be a hundred thousand: a tuple is made fastest.
 
     Attributes:
         dtype: As the format names it: `F32`, `BF16`, `I64`, …
@@ -85,6 +84,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 def parse_header(header: bytes, file_size: int, where: str) -> dict[str, TensorInfo]:
     """Check and parse the JSON part of a file of `file_size` bytes; `where` names it in errors."""
+    with collector_paused:
+        return _parse_header(header, file_size, where)
+
+
+def _parse_header(header: bytes, file_size: int, where: str) -> dict[str, TensorInfo]:
     entries = parse_json(header, f"{where}: the header", unique_keys=True)
     if not isinstance(entries, dict):
         raise CheckpointError(f"{where}: the header must be an object")
@@ -191,11 +195,12 @@ def _tensor_info(name: str, entry: Any, base: int, where: str) -> TensorInfo:
 
 def _is_sizes(value: Any) -> bool:
     """Whether `value` is a list of non-negative integers, as a tensor's sizes can be."""
-    return (
-        isinstance(value, list)
-        and len(value) <= _MAX_DIMENSIONS
-        and all(type(v) is int and 0 <= v <= _MAX_SIZE for v in value)
-    )
+    if not isinstance(value, list) or len(value) > _MAX_DIMENSIONS:
+        return False
+    for size in value:  # noqa: SIM110 - a generator would take twice as long
+        if type(size) is not int or not 0 <= size <= _MAX_SIZE:
+            return False
+    return True
 
 
 def _check_coverage(infos: dict[str, TensorInfo], base: int, file_size: int, where: str) -> None:

@@ -1,5 +1,7 @@
 """A part on disk: `config.json`, `model.safetensors`, and `splitlearn.json`, the manifest.
 
+A part with the head has `generation_config.json` as well.
+
 The config is the whole model's; the tensors have the names that the whole model's have, or its
 checkpoint's; the manifest says which part this is, and holds the other files' SHA-256.
 """
@@ -9,27 +11,31 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from splitlearn_core.builder import build_part
 from splitlearn_core.devices import check_device
 from splitlearn_core.dtypes import as_dtype, dtype_name
-from splitlearn_core.errors import CheckpointError, ModelSourceError
+from splitlearn_core.errors import CheckpointError, ModelSourceError, StorageError
+from splitlearn_core.families import family_of
 from splitlearn_core.headers import SINGLE_FILE, is_file_name, listed
 from splitlearn_core.loading.files import TORCH_SUFFIXES, FolderFiles
+from splitlearn_core.loading.generation import GENERATION_CONFIG_FILE, generation_config_for
 from splitlearn_core.loading.materialize import Placement
 from splitlearn_core.loading.sources import SafetensorsSource
 from splitlearn_core.messages import in_one_line, short
 from splitlearn_core.plan import BOTTOM, FULL, TOP, TRUNK, ComponentSpec
 from splitlearn_core.shape import CONFIG_FILE, read_config
 from splitlearn_core.skeleton import load_config
+from splitlearn_core.uncertified import any_family
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +74,10 @@ class Manifest:
         fields = asdict(self)
         return {"format_version": FORMAT_VERSION, "component": fields.pop("spec"), **fields}
 
+    def to_json(self) -> str:
+        """Return the file's text."""
+        return json.dumps(self.to_dict(), indent=1)
+
 
 @dataclass(frozen=True)
 class FileRecord:
@@ -86,18 +96,48 @@ def save_part(part: SplitModel, path: str | os.PathLike[str]) -> None:
     """Write `part` as a folder, see `SplitModel.save`."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST_FILE).unlink(missing_ok=True)
-    with _replacing(folder / CONFIG_FILE) as file:
-        file.write_text(part.config.to_json_string(use_diff=False), encoding="utf-8")
-    with _replacing(folder / SINGLE_FILE) as file:
-        save_file(_distinct_tensors(part), file, metadata={"format": "pt"})
-    write_manifest(folder, _manifest(part, folder))
+    with _writing(folder), ExitStack() as last_first:
+        manifest = last_first.enter_context(_replacing(folder / MANIFEST_FILE))
+        files = {n: last_first.enter_context(_replacing(folder / n)) for n in _names(part)}
+        _write_files(part, files)
+        records = {name: FileRecord.of(file) for name, file in files.items()}
+        manifest.write_text(_manifest(part, records).to_json(), encoding="utf-8")
+        (folder / MANIFEST_FILE).unlink(missing_ok=True)
+
+
+def _names(part: SplitModel) -> list[str]:
+    """Return the files that a part is saved in, beside the manifest."""
+    has_settings = part.spec.is_last and getattr(part.model, "generation_config", None) is not None
+    return [CONFIG_FILE, *([GENERATION_CONFIG_FILE] if has_settings else []), SINGLE_FILE]
+
+
+def _write_files(part: SplitModel, places: Mapping[str, Path]) -> None:
+    """Write a part's files, each to its place."""
+    config = part.config.to_json_string(use_diff=False)
+    places[CONFIG_FILE].write_text(config, encoding="utf-8")
+    if GENERATION_CONFIG_FILE in places:
+        settings: Any = part.model.generation_config
+        places[GENERATION_CONFIG_FILE].write_text(settings.to_json_string(), encoding="utf-8")
+    save_file(_distinct_tensors(part), places[SINGLE_FILE], metadata={"format": "pt"})
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Say where it was, when a disk is full."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"the part can't be saved in {folder}: {in_one_line(error)}; what was there is as it"
+            " was.  Make room, or name another folder",
+            getattr(error, "errno", None),
+        ) from error
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write a part's manifest; it comes last, so that a folder that has one is complete."""
     with _replacing(folder / MANIFEST_FILE) as file:
-        file.write_text(json.dumps(manifest.to_dict(), indent=1), encoding="utf-8")
+        file.write_text(manifest.to_json(), encoding="utf-8")
 
 
 def load_part(
@@ -106,6 +146,7 @@ def load_part(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
     verify_hashes: bool = False,
+    allow_uncertified: bool = False,
 ) -> SplitModel:
     """Load what `save_part` wrote, see `SplitModel.load`.
 
@@ -117,10 +158,21 @@ def load_part(
     folder = part_folder(path)
     placement = Placement(check_device(device), as_dtype(dtype))
     manifest = check_part(folder) if verify_hashes else read_manifest(folder)
-    config = load_config(folder)
+    find_family = any_family if allow_uncertified else family_of
+    config = load_config(folder, find_family)
     _check_model(manifest, config, folder)
+    settings = generation_config_for(manifest.spec, FolderFiles(folder))
     with closing(SafetensorsSource.of(FolderFiles(folder))) as source:
-        part = build_part(config, manifest.spec, source, placement, checkpoint=str(folder))
+        part = build_part(
+            config,
+            manifest.spec,
+            source,
+            placement,
+            checkpoint=str(folder),
+            family=find_family(config.model_type),
+        )
+    if settings is not None:
+        part.model.generation_config = settings
     _check_weights(manifest, part, placement, folder)
     return part
 
@@ -296,7 +348,7 @@ def _file_name(name: str) -> str:
     return name
 
 
-def _manifest(part: SplitModel, folder: Path) -> Manifest:
+def _manifest(part: SplitModel, files: Mapping[str, FileRecord]) -> Manifest:
     """Describe the part and its files."""
     return Manifest(
         spec=part.spec,
@@ -304,7 +356,7 @@ def _manifest(part: SplitModel, folder: Path) -> Manifest:
         num_layers=part.num_layers,
         num_parameters=part.num_parameters(),
         dtype=dtype_name(part.dtype),
-        files={name: FileRecord.of(folder / name) for name in (CONFIG_FILE, SINGLE_FILE)},
+        files=files,
     )
 
 

@@ -6,7 +6,8 @@ A part is the architecture's own `…ForCausalLM` with what it does not own take
   stubs without weights; absolute layer numbers stay, so configs, cache slots, adapter names and
   checkpoint names remain valid;
 * the hidden state that comes in replaces whatever the first own layer would have been given;
-* the hidden state that goes out is taken where the first absent layer would have begun.
+* the hidden state that goes out is taken where the first absent layer would have begun;
+* values that layers are given besides it, and that depend on the tokens, go the same way.
 
 Hugging Face's own forward thus makes masks, positions, rotary tables and cache updates in every
 part, and the parts together compute what the unsplit model computes, to the bit.
@@ -14,39 +15,20 @@ part, and the parts together compute what the unsplit model computes, to the bit
 
 from __future__ import annotations
 
-import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from splitlearn_core.families.family import CONSTANT, LAYERWISE
+from splitlearn_core.passage import Arguments, Passage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from splitlearn_core.families import Family
     from splitlearn_core.plan import ComponentSpec
-
-
-class HiddenStateLeaves(Exception):  # noqa: N818 - a way out of a forward, not an error
-    """Carries the hidden state out of the forward at the end of a part's own layers."""
-
-    def __init__(self, hidden_states: torch.Tensor) -> None:
-        super().__init__("the hidden state leaves this part")
-        self.hidden_states = hidden_states
-
-
-class Inlet(threading.local):
-    """The hidden state that the running forward of this thread was given.
-
-    Attributes:
-        embedding_width: Width of the token embedding that the forward would have begun with.
-        hidden_states: What was given.
-    """
-
-    hidden_states: torch.Tensor | None = None
-
-    def __init__(self, embedding_width: int) -> None:
-        self.embedding_width = embedding_width
 
 
 class AbsentModule(nn.Module):
@@ -59,6 +41,11 @@ class AbsentModule(nn.Module):
     def __init__(self, real: nn.Module) -> None:
         super().__init__()
         self._real = (real,)  # in a tuple, so that its weights are not ours
+
+    @property
+    def real(self) -> nn.Module:
+        """The module itself, on the meta device."""
+        return self._real[0]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -79,12 +66,33 @@ class AbsentEmbedding(AbsentModule):
         return torch.zeros(1, 1, self.embedding_dim)
 
 
+class AbsentTable(AbsentModule):
+    """Stands where a table by token ids was, in a model that looks them up more than once."""
+
+    def __init__(self, real: nn.Module, passage: Passage) -> None:
+        super().__init__(real)
+        self._passage = passage
+
+    def forward(self, values: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """Return zeros [*ids, width] of the dtype that the table has, without allocating them."""
+        zero = torch.zeros((), dtype=self._passage.dtype, device=values.device)
+        return zero.expand(*values.shape, self.embedding_dim)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Zeros of the table's shape, for code that looks into it itself."""
+        given = self._passage.given
+        device = given.device if given is not None else None
+        zero = torch.zeros((), dtype=self._passage.dtype, device=device)
+        return zero.expand(self.num_embeddings, self.embedding_dim)
+
+
 class AbsentLinear(AbsentModule):
     """Stands where another part's projection was; what it returns is never used."""
 
     def forward(self, values: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """Return zeros of the projection's shape, without allocating them."""
-        return values.new_zeros(()).expand(*values.shape[:-1], self.out_features)
+        """Return zeros of the projection's shape, which may be changed in place."""
+        return values.new_zeros(*values.shape[:-1], self.out_features)
 
 
 class AbsentLayer(AbsentModule):
@@ -96,20 +104,26 @@ class AbsentLayer(AbsentModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the hidden state, in the form in which the real layer does."""
-        hidden_states = _hidden_argument(self._family, args, kwargs)
+        hidden_states = Arguments(args, kwargs).get(self._family.hidden_argument)
         missing = (None,) * (self._family.layer_returns - 1)
         return (hidden_states, *missing) if self._family.layer_returns else hidden_states
 
 
 class LeavingLayer(AbsentLayer):
-    """Stands where the layer after the part's own was: the hidden state leaves here."""
+    """Stands where a layer after the part's own was: the hidden state leaves here."""
+
+    def __init__(self, real: nn.Module, family: Family, number: int, passage: Passage) -> None:
+        super().__init__(real, family)
+        self._number = number
+        self._passage = passage
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise `HiddenStateLeaves`."""
-        raise HiddenStateLeaves(_hidden_argument(self._family, args, kwargs))
+        """Raise `HiddenStateLeaves`, or go on to the next layer where that is to be asked, too."""
+        self._passage.leave(self._number, Arguments(args, kwargs))
+        return super().forward(*args, **kwargs)
 
 
-def prune(model: PreTrainedModel, family: Family, spec: ComponentSpec) -> Inlet:
+def prune(model: PreTrainedModel, family: Family, spec: ComponentSpec) -> Passage:
     """Take out of `model` (the unsplit one, on any device) what `spec` does not own, in place.
 
     Returns:
@@ -119,65 +133,73 @@ def prune(model: PreTrainedModel, family: Family, spec: ComponentSpec) -> Inlet:
     if not isinstance(layers, nn.ModuleList):
         raise TypeError(f"{family.layers} of {type(model).__name__} is no list of layers")
     embedding: Any = model.get_input_embeddings()
-    inlet = Inlet(embedding.weight.shape[1])
-    _replace_layers(layers, family, spec)
+    passage = Passage(family, spec, model.config, embedding.weight.shape[1])
+    _replace_layers(layers, family, spec, passage)
     if not (spec.is_first and spec.is_last):
         _replace(model, family.unused)
     if not spec.is_first:
-        _replace(model, family.embeddings)
+        _replace(model, family.embeddings, passage if family.side else None)
     if not spec.is_last:
         _replace(model, family.epilogue)
     if not spec.is_first:
-        _let_in(layers, family, spec, inlet)
+        _let_in(layers, family, spec, passage)
     if not spec.is_last and spec.end_layer == len(layers):
-        _let_out_after_last(layers)
-    return inlet
+        layers[-1].register_forward_hook(lambda _, __, output: passage.leave_after_last(output))
+    return passage
 
 
-def _hidden_argument(family: Family, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the hidden state among the arguments that a layer is called with."""
-    where = family.hidden_argument
-    return args[where] if isinstance(where, int) else kwargs[where]
-
-
-def _replace_layers(layers: nn.ModuleList, family: Family, spec: ComponentSpec) -> None:
+def _replace_layers(
+    layers: nn.ModuleList, family: Family, spec: ComponentSpec, passage: Passage
+) -> None:
     """Put stubs in the place of the layers that the part does not own."""
     for number, layer in enumerate(layers):
         if number < spec.start_layer:
             layers[number] = AbsentLayer(layer, family)
         elif number >= spec.end_layer:
-            layers[number] = LeavingLayer(layer, family)
+            layers[number] = LeavingLayer(layer, family, number, passage)
 
 
-def _replace(model: nn.Module, paths: tuple[str, ...]) -> None:
-    """Put a stub without weights in the place of each module in `paths`."""
+def _replace(model: nn.Module, paths: tuple[str, ...], tables: Passage | None = None) -> None:
+    """Put a stub without weights in the place of each module in `paths`.
+
+    Args:
+        model: Changed in place.
+        paths: Its modules.
+        tables: Where the forward is, if stubs of embeddings are to tell the shape of ids.
+    """
     for path in paths:
         parent, _, name = path.rpartition(".")
+        if getattr(model.get_submodule(parent), name, None) is None:
+            continue  # a config may leave it out
         module = model.get_submodule(path)
-        kinds = {nn.Embedding: AbsentEmbedding, nn.Linear: AbsentLinear}
-        stub = next((kinds[k] for k in kinds if isinstance(module, k)), AbsentModule)
-        setattr(model.get_submodule(parent), name, stub(module))
+        if isinstance(module, nn.ModuleList):
+            _replace(module, tuple(map(str, range(len(module)))), tables)
+        else:
+            setattr(model.get_submodule(parent), name, _stub(module, tables))
 
 
-def _let_in(layers: nn.ModuleList, family: Family, spec: ComponentSpec, inlet: Inlet) -> None:
-    """Make the first own layer (a stub, where there is none) see the received hidden state."""
+def _stub(module: nn.Module, tables: Passage | None) -> AbsentModule:
+    """Return what stands in the place of a module."""
+    if isinstance(module, nn.Embedding):
+        return AbsentEmbedding(module) if tables is None else AbsentTable(module, tables)
+    return AbsentLinear(module) if isinstance(module, nn.Linear) else AbsentModule(module)
+
+
+def _let_in(layers: nn.ModuleList, family: Family, spec: ComponentSpec, passage: Passage) -> None:
+    """Make the first own layer see what was received, and the others where they need it.
+
+    Where there is no own layer, the last stub sees it.
+    """
 
     def replace_input(
-        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, number: int
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        where = family.hidden_argument
-        if isinstance(where, int):
-            return (*args[:where], inlet.hidden_states, *args[where + 1 :]), kwargs
-        return args, {**kwargs, where: inlet.hidden_states}
+        call = Arguments(args, kwargs)
+        passage.enter(number, call)
+        return call.both
 
-    first = layers[min(spec.start_layer, len(layers) - 1)]
-    first.register_forward_pre_hook(replace_input, with_kwargs=True)
-
-
-def _let_out_after_last(layers: nn.ModuleList) -> None:
-    """Let the hidden state leave after the model's last layer: the next part is the head alone."""
-
-    def leave(_: nn.Module, __: Any, output: Any) -> None:
-        raise HiddenStateLeaves(output[0] if isinstance(output, (tuple, list)) else output)
-
-    layers[-1].register_forward_hook(leave)
+    first = min(spec.start_layer, len(layers) - 1)
+    each = any(side.kind in {CONSTANT, LAYERWISE} for side in family.side)
+    for number in range(first, spec.end_layer if each and spec.num_layers else first + 1):
+        hook = partial(replace_input, number=number)
+        layers[number].register_forward_pre_hook(hook, with_kwargs=True)

@@ -46,6 +46,7 @@ def load_split_model(
     allow_empty: bool = False,
     mmap: bool = True,
     token: str | bool | None = None,
+    allow_uncertified: bool = False,
 ) -> Parts:
     """Cut a model at `split_points`; see `ModelFactory.create_split_models` for the rest.
 
@@ -66,6 +67,8 @@ def load_split_model(
         allow_empty: Let Bottom or Top have no layers.
         mmap: Let weights stay views of their file.
         token: For the hub; `HF_TOKEN` or the login when left out.
+        allow_uncertified: Let in an architecture that was not certified, as its own forward shows
+            it to be built.
     """
     first, second, *more = check_split_points(split_points)
     return ModelFactory.create_split_models(
@@ -85,6 +88,7 @@ def load_split_model(
         mmap=mmap,
         more_split_points=more,
         token=token,
+        allow_uncertified=allow_uncertified,
     )
 
 
@@ -96,6 +100,7 @@ def load_full_model(
     *,
     revision: str | None = None,
     token: str | bool | None = None,
+    allow_uncertified: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
     """Load the unsplit model and its tokenizer, for comparison.
 
@@ -103,8 +108,14 @@ def load_full_model(
         transformers' model in evaluation mode, and its tokenizer (`None` where the folder has
         none).
     """
-    found = find_model(model_name_or_path, cache_dir=cache_dir, revision=revision, token=token)
-    model = load_whole_model(found.files, found.config, as_dtype(dtype))
+    found = find_model(
+        model_name_or_path,
+        cache_dir=cache_dir,
+        revision=revision,
+        token=token,
+        allow_uncertified=allow_uncertified,
+    )
+    model = load_whole_model(found.files, found.config, as_dtype(dtype), found.family)
     moved: PreTrainedModel = model.to("cpu" if device is None else device)  # type: ignore[arg-type]
     return moved, _tokenizer(found.files)
 
@@ -115,9 +126,16 @@ def load_tokenizer(
     cache_dir: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    allow_uncertified: bool = False,
 ) -> Any:
     """Load a model's tokenizer, or return `None` where it has none."""
-    found = find_model(model_name_or_path, cache_dir=cache_dir, revision=revision, token=token)
+    found = find_model(
+        model_name_or_path,
+        cache_dir=cache_dir,
+        revision=revision,
+        token=token,
+        allow_uncertified=allow_uncertified,
+    )
     return _tokenizer(found.files)
 
 
@@ -160,7 +178,8 @@ def _load_end(
 ) -> SplitModel:
     """Load one end: where the other cut would be makes no difference to it."""
     name = _name(model_type, model_name_or_path)
-    where = {key: options[key] for key in ("cache_dir", "revision", "token") if key in options}
+    shared = ("cache_dir", "revision", "token", "allow_uncertified")
+    where = {key: options[key] for key in shared if key in options}
     layers = find_model(name, **where).num_layers
     if not 0 < cut < layers:
         raise ValueError(f"layer {cut} is out of range: the model has {layers} layers")

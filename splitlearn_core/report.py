@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -14,7 +15,7 @@ import torch
 
 from splitlearn_core.builder import draw_each
 from splitlearn_core.devices import check_device, resolve_devices
-from splitlearn_core.dtypes import as_dtype, dtype_name
+from splitlearn_core.dtypes import as_dtype, dtype_name, main_dtype
 from splitlearn_core.errors import DoesNotFitError
 from splitlearn_core.estimate import estimate_tensors
 from splitlearn_core.factory import AUTO, find_model
@@ -30,6 +31,7 @@ from splitlearn_core.loading.ranges import Located
 from splitlearn_core.machine import cuda_memory, host_memory
 from splitlearn_core.plan import FULL, SplitPlan
 from splitlearn_core.shape import read_shape
+from splitlearn_core.side_values import hidden_dtype, hidden_sizes, made_values, received_values
 
 if TYPE_CHECKING:
     import os
@@ -41,9 +43,9 @@ if TYPE_CHECKING:
     from splitlearn_core.loading.files import CheckpointFiles
     from splitlearn_core.loading.sources import StoredTensor, TensorSource
     from splitlearn_core.plan import ComponentSpec
+    from splitlearn_core.side_values import CrossingValue
 
-# What goes from part to part, of every architecture that is certified.
-CROSSING = ("hidden_states",)
+HIDDEN_STATES = "hidden_states"
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,9 @@ class PartReport:
         steady_bytes: Memory once it is loaded.
         kv_bytes_per_token: Growth of its KV cache by each token of each sequence; `None` where
             that is not known, see `splitlearn_core.kv_cache`.
-        wire_in_bytes_per_token: What it is sent for each token; 0 for token ids, which stay.
-        wire_out_bytes_per_token: What it sends on; 0 for logits, which stay.
+        wire_in_bytes_per_token: What it is sent for each token; 0 for token ids, which stay with
+            whoever has Bottom; `None` where what goes with the hidden state has no limit.
+        wire_out_bytes_per_token: What it sends back; 0 for logits, which stay; `None` likewise.
         memory_bytes: All the memory that it can have: its device's, or what was given.
         fits: Whether its peak is no more than that.
     """
@@ -78,8 +81,8 @@ class PartReport:
     peak_bytes: int
     steady_bytes: int
     kv_bytes_per_token: int | None
-    wire_in_bytes_per_token: int
-    wire_out_bytes_per_token: int
+    wire_in_bytes_per_token: int | None
+    wire_out_bytes_per_token: int | None
     memory_bytes: int
     fits: bool
 
@@ -92,15 +95,17 @@ class CutReport:
         layer: First layer after the cut.
         before: The part that sends.
         after: The part that receives.
-        bytes_per_token: How much.
+        bytes_per_token: How much, at most; `None` where there is no limit.
         crosses: What: names of the values.
+        reveals: Of those that tell whoever gets them more than the hidden state does: what.
     """
 
     layer: int
     before: str
     after: str
-    bytes_per_token: int
+    bytes_per_token: int | None
     crosses: tuple[str, ...]
+    reveals: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -164,6 +169,7 @@ def report_plan(
     cache_dir: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    allow_uncertified: bool = False,
 ) -> PlanReport:
     """Work out what a split will cost; of weights only the headers are read.
 
@@ -180,6 +186,7 @@ def report_plan(
         cache_dir: Where files from the hub are kept.
         revision: Branch, tag or commit on the hub.
         token: For the hub; `None` uses `HF_TOKEN` or the login.
+        allow_uncertified: Let in an architecture that was not certified.
 
     Raises:
         DoesNotFitError: (a `ValueError`) A part can't be loaded where it is to go; has the report.
@@ -191,6 +198,7 @@ def report_plan(
         cache_dir=cache_dir,
         revision=revision,
         token=token,
+        allow_uncertified=allow_uncertified,
     )
     plan = SplitPlan.from_split_points(model.num_layers, split_points, allow_empty=allow_empty)
     resolved = as_dtype(dtype)
@@ -210,11 +218,12 @@ def _report(
     specs = (*plan.components, plan.component(FULL))
     with closing(open_source(model.files)) as source:
         reporter = _Reporter(model, source, memory)
-        drawn = draw_each(model.config, specs, source, model.description)
+        drawn = draw_each(model.config, specs, source, model.description, model.family)
         *parts, whole = [
             reporter.part(spec, blueprint, placements[spec.name])
             for spec, blueprint in zip(specs, drawn, strict=True)
         ]
+        cuts = tuple(_cuts(model, plan, parts, reporter.dtype))
     return PlanReport(
         model=model.description,
         model_type=model.config.model_type,
@@ -223,7 +232,7 @@ def _report(
         dtype=dtype_name(reporter.dtype),
         split_points=tuple(part.end_layer for part in parts[:-1]),
         parts=tuple(parts),
-        cuts=tuple(_cuts(parts)),
+        cuts=cuts,
         whole=whole,
         host_bytes=reporter.host.total,
         available_bytes=reporter.host.available,
@@ -239,7 +248,8 @@ class _Reporter:
         self._model = model
         self._source = source
         self._memory = memory
-        self.hidden_size = read_shape(local_config(model.files)).hidden_size
+        folder = local_config(model.files)
+        self.hidden_size = read_shape(folder, lambda _: model.family).hidden_size
 
     def part(self, spec: ComponentSpec, blueprint: Blueprint, placement: Placement) -> PartReport:
         """Report one part, or the whole model."""
@@ -248,7 +258,8 @@ class _Reporter:
         self.dtype = _final_dtype(stored.values(), placement)
         itemsize = self.dtype.itemsize
         memory = self._memory_of(spec, placement.device)
-        wire = self.hidden_size * itemsize
+        sent, returned = _beside(self._model, spec, self.dtype)
+        hidden = _hidden_bytes(self._model, self.dtype)
         return PartReport(
             component=spec.name,
             start_layer=spec.start_layer,
@@ -262,8 +273,8 @@ class _Reporter:
             kv_bytes_per_token=kv_bytes_per_token(
                 blueprint.model, blueprint.family, spec, itemsize
             ),
-            wire_in_bytes_per_token=0 if spec.is_first else wire,
-            wire_out_bytes_per_token=0 if spec.is_last else wire,
+            wire_in_bytes_per_token=0 if spec.is_first else _add(hidden, sent),
+            wire_out_bytes_per_token=0 if spec.is_last else _add(hidden, returned),
             memory_bytes=memory,
             fits=estimate.peak_bytes <= memory,
         )
@@ -276,21 +287,55 @@ class _Reporter:
 
 
 def _final_dtype(stored: Iterable[StoredTensor], placement: Placement) -> torch.dtype:
-    """Return the dtype that the first of a part's weights will have."""
-    dtypes = [placement.final_dtype(tensor) for tensor in stored]
-    return next((dtype for dtype in dtypes if dtype.is_floating_point), dtypes[0])
+    """Return the dtype that most of a part's weights will have."""
+    final = [(placement.final_dtype(t), math.prod(t.shape)) for t in stored]
+    return main_dtype(final) or final[0][0]
 
 
-def _cuts(parts: Sequence[PartReport]) -> Iterator[CutReport]:
-    """Yield what crosses between each part and the next."""
-    for before, after in pairwise(parts):
+def _cuts(
+    model: OpenModel, plan: SplitPlan, parts: Sequence[PartReport], dtype: torch.dtype
+) -> Iterator[CutReport]:
+    """Yield what crosses between each part and the next.
+
+    Bottom and Top have what is made of the tokens before the layers, and send each Trunk what it
+    needs of that; Top gets what the last Trunk made.
+    """
+    for (before, after), (first, second) in zip(
+        pairwise(parts), pairwise(plan.components), strict=True
+    ):
+        sent, _ = _beside(model, second, dtype)
+        _, returned = _beside(model, first, dtype)
+        beside = returned if second.is_last and not first.is_first else sent
         yield CutReport(
             layer=after.start_layer,
             before=before.component,
             after=after.component,
-            bytes_per_token=before.wire_out_bytes_per_token,
-            crosses=CROSSING,
+            bytes_per_token=_add(_hidden_bytes(model, dtype), beside),
+            crosses=(HIDDEN_STATES, *(value.name for value in beside)),
+            reveals={value.name: value.reveals for value in beside if value.reveals},
         )
+
+
+def _beside(
+    model: OpenModel, spec: ComponentSpec, dtype: torch.dtype
+) -> tuple[tuple[CrossingValue, ...], tuple[CrossingValue, ...]]:
+    """Return what a part is sent besides the hidden state, and what it sends back."""
+    return (
+        received_values(model.family, model.config, spec, dtype),
+        made_values(model.family, model.config, spec, dtype),
+    )
+
+
+def _hidden_bytes(model: OpenModel, dtype: torch.dtype) -> int:
+    """Return the bytes of the hidden state for each token."""
+    elements = math.prod(hidden_sizes(model.family, model.config))
+    return elements * hidden_dtype(model.family, model.config, dtype).itemsize
+
+
+def _add(hidden: int, beside: Iterable[CrossingValue]) -> int | None:
+    """Add up bytes for each token; `None` where one has no limit."""
+    found = [value.bytes_per_token for value in beside]
+    return None if None in found else hidden + sum(n for n in found if n is not None)
 
 
 def _missing(files: CheckpointFiles, source: TensorSource, stored: Iterable[str]) -> int:

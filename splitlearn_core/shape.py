@@ -7,7 +7,7 @@ normalised here, once, so that plans and configuration checks need not import an
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,16 @@ class ModelShape:
     dtype: str | None
 
 
-def read_shape(folder: Path | str) -> ModelShape:
+FindFamily = Callable[[str], Family]
+"""Returns how a `model_type` is built, or raises `UnsupportedModelError`."""
+
+
+def read_shape(folder: Path | str, find_family: FindFamily = family_of) -> ModelShape:
     """Read the shape of the model in `folder`.
+
+    Args:
+        folder: Holds `config.json`.
+        find_family: Knows the names that the config has for its sizes.
 
     Raises:
         ModelSourceError: (a `FileNotFoundError`) The folder or its `config.json` is not there.
@@ -59,7 +67,7 @@ def read_shape(folder: Path | str) -> ModelShape:
         UnsupportedModelError: (a `KeyError`) The architecture is not known.
     """
     path = Path(folder) / CONFIG_FILE
-    return shape_of(read_config(path), str(path))
+    return shape_of(read_config(path), str(path), find_family)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -75,7 +83,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def shape_of(config: dict[str, Any], where: str) -> ModelShape:
+def shape_of(config: dict[str, Any], where: str, find_family: FindFamily = family_of) -> ModelShape:
     """Normalise a config that is already read; `where` names it in errors."""
     _refuse_code(config, where)
     _check_counts(config, where)
@@ -87,7 +95,7 @@ def shape_of(config: dict[str, Any], where: str) -> ModelShape:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{where} names no model_type, so its architecture is unknown")
-    family = _family(model_type, where)
+    family = _family(model_type, where, find_family)
     dtype = config.get("dtype", config.get("torch_dtype"))
     text = config.get("text_config")
     decoder = text if isinstance(text, dict) and family.layer_count_key not in config else config
@@ -135,17 +143,21 @@ def _fields(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
                 waiting.append(value)
 
 
-def _family(model_type: str, where: str) -> Family:
+def _family(model_type: str, where: str, find_family: FindFamily) -> Family:
     """Return how the architecture is built that a config names."""
     try:
-        return family_of(model_type)
+        return find_family(model_type)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{where}: {error}") from error
 
 
 def _num_layers(decoder: dict[str, Any], family: Family, where: str) -> int:
     """Return the number of layers, as many as a model may have."""
-    layers = _positive(decoder, (family.layer_count_key, "num_hidden_layers"), where)
+    listed = decoder.get(family.layer_count_key)
+    if isinstance(listed, list) and listed:
+        layers = len(listed)
+    else:
+        layers = _positive(decoder, (family.layer_count_key, "num_hidden_layers"), where)
     if layers > MAX_LAYERS:
         raise CheckpointError(f"{where} names {layers} layers, the limit is {MAX_LAYERS}")
     return layers

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from splitlearn_core.errors import CheckpointError
+from splitlearn_core.families import family_of
 from splitlearn_core.messages import in_one_line
 from splitlearn_core.shape import CONFIG_FILE, read_shape
 
@@ -16,6 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from splitlearn_core.shape import FindFamily
 
 # transformers swaps functions of torch.nn.init for guarded ones while it builds or initialises a
 # model.  Two threads doing so at once can leave the swap behind, so this library does it one at a
@@ -26,16 +32,34 @@ building = threading.RLock()
 # architectures take some MB.
 MAX_TABLE_BYTES = 2**30
 
+_GUEST = "guest"
 
-def load_config(folder: Path) -> PreTrainedConfig:
+
+@contextmanager
+def _visiting(model: nn.Module, guests: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Have other modules in the model, below what stands in their places."""
+    for path, guest in guests.items():
+        model.get_submodule(path).add_module(_GUEST, guest)
+    try:
+        yield
+    finally:
+        for path in guests:
+            delattr(model.get_submodule(path), _GUEST)
+
+
+def load_config(folder: Path, find_family: FindFamily = family_of) -> PreTrainedConfig:
     """Read the Hugging Face config in `folder`, never running code that lies beside it.
+
+    Args:
+        folder: Holds `config.json`.
+        find_family: Knows the architectures that are let in.
 
     Raises:
         ModelSourceError: (a `FileNotFoundError`) No `config.json` is there.
         CheckpointError: (a `ValueError`) The config is damaged or asks for code of its own.
         UnsupportedModelError: (a `KeyError`) The architecture is not known.
     """
-    shape = read_shape(folder)
+    shape = read_shape(folder, find_family)
     path = folder / CONFIG_FILE
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
@@ -92,18 +116,27 @@ def check_tables(model: PreTrainedModel, checkpoint: str) -> None:
         )
 
 
-def initialise_buffers(model: PreTrainedModel, device: torch.device) -> None:
+def initialise_buffers(
+    model: PreTrainedModel, device: torch.device, guests: Mapping[str, nn.Module] | None = None
+) -> None:
     """Give the buffers that no checkpoint stores (rotary tables, …) their values on `device`.
 
     The architecture's own `_init_weights` computes them; everything that was loaded is marked, so
-    that it is left alone.
+    that it is left alone.  (A few architectures set the padding row of a loaded table to zero all
+    the same.)
+
+    Args:
+        model: Its weights are loaded.
+        device: Where the buffers go.
+        guests: Modules that are treated as if they were in the model, by their paths there.
     """
-    with building, torch.no_grad():
+    with building, torch.no_grad(), _visiting(model, guests or {}):
+        loaded = [*model.parameters(), *(b for b in model.buffers() if not b.is_meta)]
         for module in model.modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
                 if buffer.is_meta:
                     module.register_buffer(name, torch.empty_like(buffer, device=device), False)
-        for tensor in model.parameters():
+        for tensor in loaded:
             tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # noqa: SLF001
         for module in model.modules():
             if hasattr(module, "_is_hf_initialized"):

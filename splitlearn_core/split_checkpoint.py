@@ -7,7 +7,9 @@ keep the checkpoint's own names, so that they are understood as the original is.
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import shutil
 import tempfile
 from contextlib import closing, contextmanager
@@ -18,7 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from splitlearn_core.builder import draw_each
-from splitlearn_core.dtypes import as_dtype, dtype_name
+from splitlearn_core.dtypes import as_dtype, dtype_name, main_dtype
+from splitlearn_core.errors import SplitLearnError, StorageError
 from splitlearn_core.factory import AUTO, find_model
 from splitlearn_core.headers import SINGLE_FILE
 from splitlearn_core.loading.files import local_config
@@ -40,8 +43,9 @@ if TYPE_CHECKING:
 
     from splitlearn_core.factory import OpenModel
     from splitlearn_core.loading.files import CheckpointFiles
-    from splitlearn_core.loading.materialize import PartReads, Progress
+    from splitlearn_core.loading.materialize import PartReads
     from splitlearn_core.loading.sources import TensorSource
+    from splitlearn_core.loading.stages import Progress
     from splitlearn_core.plan import ComponentSpec
 
 # What goes with the parts that take token ids or give logits.  Never code: no *.py.
@@ -60,6 +64,10 @@ TEXT_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
+
+
+# What the system says of a disk, a quota or a file system that takes no more.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True)
@@ -90,9 +98,10 @@ class _Outline:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first floating-point tensor, as `SplitModel.dtype` has it."""
-        dtypes = [tensor.dtype for tensor in self.tensors.values()]
-        return next((dtype for dtype in dtypes if dtype.is_floating_point), dtypes[0])
+        """Of most of the values, as `SplitModel.dtype` has it."""
+        tensors = self.tensors.values()
+        found = main_dtype((tensor.dtype, math.prod(tensor.shape)) for tensor in tensors)
+        return found or next(iter(tensors)).dtype
 
     @property
     def nbytes(self) -> int:
@@ -113,6 +122,7 @@ def split_checkpoint(
     force: bool = False,
     progress: Progress | None = None,
     token: str | bool | None = None,
+    allow_uncertified: bool = False,
 ) -> list[WrittenPart]:
     """Write each part of a model as a folder: `OUT/bottom`, `OUT/trunk`, `OUT/top`.
 
@@ -133,6 +143,7 @@ def split_checkpoint(
         progress: Called with (bytes done, bytes in all) between tensors; what it raises ends the
             run and leaves nothing.
         token: For the hub; `None` uses `HF_TOKEN` or the login.
+        allow_uncertified: Let in an architecture that was not certified.
 
     Returns:
         The parts, from Bottom to Top.
@@ -149,6 +160,7 @@ def split_checkpoint(
         cache_dir=cache_dir,
         revision=revision,
         token=token,
+        allow_uncertified=allow_uncertified,
     )
     plan = SplitPlan.from_split_points(model.num_layers, split_points, allow_empty=allow_empty)
     target = Path(out).expanduser().resolve()
@@ -156,7 +168,7 @@ def split_checkpoint(
     with closing(open_source(model.files)) as source:
         outlines = _outlines(model, plan, source, wanted)
         _check_room(target, sum(outline.nbytes for outline in outlines))
-        with _staging(target) as staging:
+        with _writing(target), _staging(target) as staging:
             manifests = _write_parts(model, outlines, source, staging, progress)
             _put_in_place(staging, target, plan.names)
     return [WrittenPart(target / m.spec.name, m) for m in manifests]
@@ -194,11 +206,26 @@ def _staging(target: Path) -> Iterator[Path]:
         yield Path(name)
 
 
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Say where it was, when a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL or isinstance(error, SplitLearnError):
+            raise
+        raise StorageError(
+            f"the parts can't be written to {target}: {error.strerror or error}; nothing of them is"
+            " left there.  Make room, or name another folder",
+            error.errno,
+        ) from error
+
+
 def _outlines(
     model: OpenModel, plan: SplitPlan, source: TensorSource, dtype: torch.dtype | None
 ) -> list[_Outline]:
     """Work out from headers what the parts' files will hold."""
-    drawn = draw_each(model.config, plan.components, source, model.description)
+    drawn = draw_each(model.config, plan.components, source, model.description, model.family)
     return [
         _Outline(
             spec,

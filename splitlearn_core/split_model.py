@@ -9,9 +9,12 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from splitlearn_core.cache import PartCache
-from splitlearn_core.dtypes import dtype_name
+from splitlearn_core.dtypes import dtype_name, main_dtype
 from splitlearn_core.errors import CacheMismatchError
-from splitlearn_core.pruning import HiddenStateLeaves, Inlet
+from splitlearn_core.families.family import SHARED
+from splitlearn_core.hidden_state import HiddenState
+from splitlearn_core.passage import HiddenStateLeaves
+from splitlearn_core.side_values import hidden_dtype, hidden_sizes, made_values, received_values
 
 if TYPE_CHECKING:
     import os
@@ -19,7 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from splitlearn_core.families import Family
+    from splitlearn_core.passage import Passage
     from splitlearn_core.plan import ComponentSpec
+    from splitlearn_core.side_values import CrossingValue
 
 
 class SplitModel(nn.Module):
@@ -31,6 +36,9 @@ class SplitModel(nn.Module):
         hidden = trunk(hidden)          # [batch, new, hidden]   -> [batch, new, hidden]
         output = top(hidden)            # [batch, new, hidden]   -> CausalLMOutputWithPast
 
+    The hidden state is a tensor, or, where layers need other values that depend on the tokens, a
+    `HiddenState` that holds the tensor and them; `side_inputs` and `side_outputs` say which.
+
     Parts come back in evaluation mode.  Forwards of one part may run in several threads at once,
     each with a cache of its own.
 
@@ -40,13 +48,14 @@ class SplitModel(nn.Module):
     """
 
     def __init__(
-        self, model: PreTrainedModel, spec: ComponentSpec, family: Family, inlet: Inlet
+        self, model: PreTrainedModel, spec: ComponentSpec, family: Family, passage: Passage
     ) -> None:
         super().__init__()
         self.model = model
         self.spec = spec
         self._family = family
-        self._inlet = inlet
+        self._passage = passage
+        self._needs_dtype = bool(family.side or family.hidden_dtype)
         self.eval()
 
     @property
@@ -81,6 +90,35 @@ class SplitModel(nn.Module):
         return int(self._decoder_config.hidden_size)
 
     @property
+    def hidden_shape(self) -> tuple[int, ...]:
+        """Sizes of the hidden state after [batch, new]: `(hidden,)`, in a few types more."""
+        return hidden_sizes(self._family, self.config)
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        """Dtype of the hidden state that goes from part to part: mostly that of the weights."""
+        return hidden_dtype(self._family, self.config, self.dtype)
+
+    @property
+    def side_inputs(self) -> tuple[CrossingValue, ...]:
+        """What the part needs besides the hidden state."""
+        return received_values(self._family, self.config, self.spec, self.dtype)
+
+    @property
+    def side_outputs(self) -> tuple[CrossingValue, ...]:
+        """What the part makes besides the hidden state that later ones need."""
+        return made_values(self._family, self.config, self.spec, self.dtype)
+
+    @property
+    def drops_positions(self) -> bool:
+        """Whether the architecture drops positions whose logits nobody wants, before the last part.
+
+        Where layers share keys and values, transformers does so at the first of them.  To compute
+        as it does, every part must be given `logits_to_keep`.
+        """
+        return any(side.kind == SHARED for side in self._family.side)
+
+    @property
     def max_positions(self) -> int | None:
         """Positions that the model was made for; `None` where its config does not say."""
         limit: int | None = getattr(self._decoder_config, "max_position_embeddings", None)
@@ -88,8 +126,9 @@ class SplitModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the weights (the first one's, where they differ)."""
-        return next((p.dtype for p in self.parameters()), torch.get_default_dtype())
+        """Dtype of the weights (of most of them, where they differ)."""
+        found = main_dtype((p.dtype, p.numel()) for p in self.parameters())
+        return found or torch.get_default_dtype()
 
     @property
     def device(self) -> torch.device:
@@ -122,7 +161,7 @@ class SplitModel(nn.Module):
 
     def forward(
         self,
-        inputs: torch.Tensor,
+        inputs: torch.Tensor | HiddenState,
         *,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
@@ -134,8 +173,8 @@ class SplitModel(nn.Module):
 
         Args:
             inputs: `input_ids` int64 [batch, new] for Bottom and the whole model, else
-                `hidden_states` [batch, new, hidden] in the part's dtype; moved to the part's
-                device.
+                `hidden_states` [batch, new, hidden] in the part's dtype, or the `HiddenState` that
+                the part before returned; moved to the part's device.
             attention_mask: int64 [batch, past + new], 0 for padding; the same for every part.
             position_ids: int64 [batch, new]; counted from the cache's length when left out.
             past_key_values: From this part's `new_cache()`; filled in place.
@@ -143,17 +182,20 @@ class SplitModel(nn.Module):
                 the cache that it makes: other parts return none.  `None` is what the config says,
                 as in transformers (a few architectures compute in another order then).
             **kwargs: For the last part: what the architecture's own forward takes, such as
-                `labels` and `logits_to_keep`.
+                `labels` and `logits_to_keep`.  The latter also for parts that `drops_positions`.
 
         Returns:
-            The hidden state [batch, new, hidden], or transformers' `CausalLMOutputWithPast` from
-            Top and the whole model.
+            The hidden state [batch, new, hidden], alone or in a `HiddenState`; or transformers'
+            `CausalLMOutputWithPast` from Top and the whole model.
 
         Raises:
+            ValueError: A value that must go with the hidden state was not given.
             CacheMismatchError: (a `ValueError`) The cache is another part's, or `use_cache=True`
                 without one.
         """
         self._check_cache(past_key_values, use_cache)
+        if not (self.spec.is_last or self._owns_sharing_layers):
+            kwargs.pop("logits_to_keep", None)
         arguments = {
             "attention_mask": self._here(attention_mask),
             "position_ids": self._here(position_ids),
@@ -164,7 +206,8 @@ class SplitModel(nn.Module):
             arguments["use_cache"] = past_key_values is not None or use_cache
         output = self._run(inputs.to(self.device), arguments)
         if isinstance(past_key_values, PartCache):
-            past_key_values.advance_ghosts(inputs.shape[1])
+            new = inputs.new if isinstance(inputs, HiddenState) else inputs.shape[1]
+            past_key_values.advance_ghosts(new)
         return output
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -183,6 +226,7 @@ class SplitModel(nn.Module):
         device: str | torch.device = "cpu",
         dtype: torch.dtype | str | None = None,
         verify_hashes: bool = False,
+        allow_uncertified: bool = False,
     ) -> SplitModel:
         """Load a part that `save` wrote.
 
@@ -192,10 +236,17 @@ class SplitModel(nn.Module):
             device: Where the weights go.
             dtype: Cast to this; `None` keeps what is stored.
             verify_hashes: First read every file through, and compare it with the manifest.
+            allow_uncertified: Let in an architecture that was not certified.
         """
         from splitlearn_core.part_folder import load_part  # noqa: PLC0415 - it imports this module
 
-        return load_part(path, device=device, dtype=dtype, verify_hashes=verify_hashes)
+        return load_part(
+            path,
+            device=device,
+            dtype=dtype,
+            verify_hashes=verify_hashes,
+            allow_uncertified=allow_uncertified,
+        )
 
     def extra_repr(self) -> str:
         """Name the part in `repr`."""
@@ -208,6 +259,14 @@ class SplitModel(nn.Module):
     def _decoder_config(self) -> PreTrainedConfig:
         """The config of the decoder: where a model is made of several, one of them."""
         return self.config.get_text_config(decoder=True)
+
+    @property
+    def _owns_sharing_layers(self) -> bool:
+        """Whether some of the part's layers have no keys and values of their own."""
+        if not self.drops_positions:
+            return False
+        modes: Any = getattr(self._decoder_config, "kv_sharing_modes", ())
+        return "reuse" in modes[self.start_layer : self.end_layer]
 
     def _here(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
         """Return `tensor` on this part's device."""
@@ -233,21 +292,42 @@ class SplitModel(nn.Module):
                 f" {type(cache).__name__}"
             )
 
-    def _run(self, inputs: torch.Tensor, arguments: dict[str, Any]) -> Any:
+    def _run(self, inputs: torch.Tensor | HiddenState, arguments: dict[str, Any]) -> Any:
         """Run Hugging Face's forward from where this part begins to where it ends."""
+        cache = arguments[self._family.cache_argument]
+        dtype = self.dtype if self._needs_dtype else torch.float32
         if self.spec.is_first:
             arguments["input_ids"] = inputs
+            self._passage.begin(None, inputs.shape[1], dtype, cache)
         else:
-            arguments["inputs_embeds"] = self._placeholder(inputs)
-            self._inlet.hidden_states = inputs
+            given = HiddenState.of(inputs)
+            self._check_given(given)
+            dtype = dtype if self._needs_dtype else given.dtype
+            arguments.update(self._placeholder(given, dtype))
+            self._passage.begin(given, given.new, dtype, cache)
         try:
             return self.model(**arguments)
         except HiddenStateLeaves as leaving:
             return leaving.hidden_states
         finally:
-            self._inlet.hidden_states = None
+            self._passage.end()
 
-    def _placeholder(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return zeros [batch, new, width] for the code before our layers to work on."""
-        batch, new = hidden_states.shape[:2]
-        return hidden_states.new_zeros(batch, new, self._inlet.embedding_width)
+    def _check_given(self, given: HiddenState) -> None:
+        """Refuse a hidden state without what must go with it."""
+        needed = {value.name for value in self.side_inputs} if self._family.side else set()
+        if missing := sorted(needed - given.side.keys()):
+            raise ValueError(
+                f"{self.component} needs {', '.join(missing)} besides the hidden state: give it"
+                " what the part before returned, as it is"
+            )
+
+    def _placeholder(self, given: HiddenState, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Return an input for the code before our layers to work on: zeros.
+
+        Code that looks up token ids more than once is given ids, for stubs to look up.
+        """
+        batch, new = given.shape[0], given.new
+        if self._family.side:
+            return {"input_ids": torch.zeros(batch, new, dtype=torch.long, device=given.device)}
+        width = self._passage.embedding_width
+        return {"inputs_embeds": torch.zeros(batch, new, width, dtype=dtype, device=given.device)}

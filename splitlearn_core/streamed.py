@@ -17,7 +17,6 @@ from torch import nn
 
 from splitlearn_core.builder import draw
 from splitlearn_core.dtypes import dtype_name
-from splitlearn_core.families import family_of
 from splitlearn_core.loading.materialize import PartReads, materialize
 from splitlearn_core.plan import FULL, SplitPlan
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig
 
+    from splitlearn_core.families import Family
     from splitlearn_core.loading.materialize import Placement
     from splitlearn_core.loading.sources import TensorSource
 
@@ -49,6 +49,7 @@ class StreamedModel:
         placement: Placement,
         *,
         checkpoint: str,
+        family: Family,
         kept: Iterable[str] = (),
     ) -> None:
         """Load what lies outside of the layers.
@@ -59,16 +60,18 @@ class StreamedModel:
             source: Where the tensors are.
             placement: Device and dtype.
             checkpoint: Names the source in errors.
+            family: How the architecture is built.
             kept: Parameters that stay in memory, for the gradients that they will have.
 
         Raises:
             CheckpointError: The checkpoint is damaged or incomplete.
         """
-        blueprint = draw(config, SplitPlan.whole(num_layers).component(FULL), source, checkpoint)
+        whole = SplitPlan.whole(num_layers).component(FULL)
+        blueprint = draw(config, whole, source, checkpoint, family)
         self.model = blueprint.model
         self._source = source
         self._placement = placement
-        layers = family_of(config.model_type).layers
+        layers = family.layers
         self._groups = _group_by_layer(blueprint.reads, layers, set(kept))
         self._held = _ENDS
         self._load(_ENDS)

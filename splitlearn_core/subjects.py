@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import DynamicCache
 
+from splitlearn_core.hidden_state import HiddenState
 from splitlearn_core.trial import CACHED, GENERATE, GRADIENTS, HIDDEN, LOGITS, PADDED, Answers
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from splitlearn_core.split_model import SplitModel
     from splitlearn_core.trial import Named, Step, Trial
 
-_INPUT = ""  # stands for a part's input among the names of its parameters
+# Stands for a part's input among the names of its parameters: the hidden state, and with a dot and
+# their own names the values that go with it.
+_INPUT = ""
 
 
 def parameters_to_differentiate(
@@ -124,6 +127,7 @@ class Unsplit:
         def note_as(name: str) -> Callable[..., None]:
             def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 value = args[where] if isinstance(where, int) else kwargs[where]
+                value = value.movedim(0, 2) if self._family.batch_axis else value
                 into[f"after {name}"] = value.detach().cpu()
 
             return note
@@ -192,7 +196,7 @@ class Chain:
         """Note what leaves each part, where that is not the logits."""
 
         def note(part: nn.Module, _: Any, output: Any) -> None:
-            into[f"after {part.component}"] = output.detach().cpu()
+            into[f"after {part.component}"] = HiddenState.of(output).tensor.detach().cpu()
 
         handles = [
             part.register_forward_hook(note)
@@ -232,7 +236,7 @@ class PartByPart:
             values = self._forward(part, steps, values, answers)
             inputs.append(self._pass_on(part, inputs[-1]))
             if spec.end_layer < self._plan.num_layers:
-                hidden[f"after {spec.name}"] = values[LOGITS][0].cpu()
+                hidden[f"after {spec.name}"] = HiddenState.of(values[LOGITS][0]).tensor.cpu()
             del part
         for check, outputs in values.items():
             answers.results[check] = {
@@ -268,21 +272,21 @@ class PartByPart:
         """
         if part.spec.is_last:
             return None
-        return part(given if part.spec.is_first else given.requires_grad_()).detach()
+        return part(given if part.spec.is_first else _differentiable(given)).detach()
 
     def _gradients(self, inputs: Sequence[Any], labels: torch.Tensor) -> Named:
         """Go back from Top to Bottom, each part's output gradient being the next one's input's."""
         found: Named = {}
-        upstream: torch.Tensor | None = None
+        upstream: Named = {}
         specs = reversed(self._plan.components)
         for spec, given in zip(specs, reversed(inputs[:-1]), strict=True):
             gradients = self._backward(spec, given, labels, upstream)
-            upstream = gradients.pop(_INPUT, None)
-            found = gradients | found
+            upstream = {name: g for name, g in gradients.items() if _is_input(name)}
+            found = {name: g for name, g in gradients.items() if not _is_input(name)} | found
         return found
 
     def _backward(
-        self, spec: ComponentSpec, given: Any, labels: torch.Tensor, upstream: torch.Tensor | None
+        self, spec: ComponentSpec, given: Any, labels: torch.Tensor, upstream: Named
     ) -> Named:
         """Return the gradients of one part's parameter, and of its input.
 
@@ -292,10 +296,32 @@ class PartByPart:
         name = self._parameters.get(spec.name)
         wanted: Named = {} if name is None else {name: part.model.get_parameter(name)}
         if not spec.is_first:
-            given = wanted[_INPUT] = given.detach().requires_grad_()
+            given = _differentiable(given.detach())
+            wanted |= _inputs(given)
         labels = labels.to(part.device)
-        output = part(given, labels=labels).loss if spec.is_last else part(given)
-        return _differentiate(output, wanted, upstream)
+        if spec.is_last:
+            return _differentiate(part(given, labels=labels).loss, wanted)
+        return _go_back(_inputs(part(given)), wanted, upstream)
+
+
+def _differentiable(given: torch.Tensor | HiddenState) -> torch.Tensor | HiddenState:
+    """Let gradients reach whatever of a part's input can have one."""
+    for tensor in _inputs(given).values():
+        tensor.requires_grad_()
+    return given
+
+
+def _inputs(given: torch.Tensor | HiddenState) -> Named:
+    """Return the tensors of a part's input or output that can have gradients, by name."""
+    whole = HiddenState.of(given)
+    beside = {f"{_INPUT}.{name}": value for name, value in whole.side.items()}
+    tensors = {_INPUT: whole.tensor, **beside}
+    return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+
+
+def _is_input(name: str) -> bool:
+    """Whether a name is of a part's input, not of a parameter."""
+    return name == _INPUT or name.startswith(f"{_INPUT}.")
 
 
 def _through(
@@ -333,14 +359,23 @@ def _generated(trial: Trial, model: PreTrainedModel, device: torch.device) -> Na
     return {"tokens": tokens.cpu()}
 
 
-def _differentiate(
-    output: torch.Tensor, wanted: Mapping[str, torch.Tensor], upstream: torch.Tensor | None = None
+def _differentiate(output: torch.Tensor, wanted: Mapping[str, torch.Tensor]) -> Named:
+    """Return the gradients of `wanted` by a loss; zeros for what it does not depend on."""
+    return _go_back({_INPUT: output}, wanted, {})
+
+
+def _go_back(
+    outputs: Named, wanted: Mapping[str, torch.Tensor], upstream: Mapping[str, torch.Tensor]
 ) -> Named:
-    """Return the gradients of `wanted`; zeros for what the output does not depend on."""
+    """Return the gradients of `wanted`, given those of the outputs; a loss has none."""
     if not wanted:
         return {}
+    starts = {name: output for name, output in outputs.items() if output.requires_grad}
     found = torch.autograd.grad(
-        output, list(wanted.values()), grad_outputs=upstream, allow_unused=True
+        list(starts.values()),
+        list(wanted.values()),
+        grad_outputs=[upstream[n].to(o.device) for n, o in starts.items()] if upstream else None,
+        allow_unused=True,
     )
     return {
         name: (torch.zeros_like(tensor) if gradient is None else gradient).cpu()

@@ -3,16 +3,17 @@
 A small model of the architecture runs twice, on different tokens, with hooks on every module.  What
 runs before the first layer belongs to Bottom, what runs after the last to Top.  How the layers are
 called, and what they return, is noted as well; so is every value besides the hidden state that
-depends on the tokens, since the parts would have to send it too.
+depends on the tokens, since the parts have to send it too.  A third run, shorter and in bfloat16,
+tells sizes that come from the config from those that come from the input, and fixed dtypes from
+that of the weights.
 
 The result is data: `families/certified.json` holds it for every architecture that was certified.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -20,39 +21,20 @@ import torch
 from torch import nn
 
 from splitlearn_core.families.family import Family
+from splitlearn_core.side_tracing import Sizes, find_side_values
+from splitlearn_core.watching import AFTER, BEFORE, NEVER, NotAChainError, Trace, trace
+
+__all__ = ["NotAChainError", "find_layers", "observe"]
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-BEFORE, INSIDE, BETWEEN, AFTER, NEVER = "before", "inside", "between", "after", "never"
 _POSITIONS = 7
+_FEWER_POSITIONS = 3
 _ROWS = 2
 
-
-class NotAChainError(Exception):
-    """The architecture is not one chain of layers that hand on a hidden state; says why."""
-
-
-@dataclass(frozen=True)
-class LayerCall:
-    """One call of a layer: its number, what it was given, what it returned."""
-
-    number: int
-    arguments: dict[int | str, Any]
-    output: Any
-
-
-@dataclass
-class Trace:
-    """What one forward showed.
-
-    Attributes:
-        phases: Module path -> when in the forward it was called.
-        calls: The layers' calls, in order.
-    """
-
-    phases: dict[str, set[str]] = field(default_factory=dict)
-    calls: list[LayerCall] = field(default_factory=list)
+# transformers' name for a config's wish to have the hidden state in float32.
+_FLOAT32 = "residual_in_fp32"
 
 
 def observe(model: PreTrainedModel) -> Family:
@@ -69,7 +51,9 @@ def observe(model: PreTrainedModel) -> Family:
     first, second = trace(model, path, ids), trace(model, path, ids.flip(1))
     _check_order(first, len(model.get_submodule(path)))  # type: ignore[arg-type]
     hidden_argument, layer_returns = _handing_on(first)
-    _check_side_values(first, second, hidden_argument)
+    third = _in_bfloat16(model, path, ids[:, :_FEWER_POSITIONS])
+    sizes = Sizes(model.config.get_text_config(decoder=True), ids.shape)
+    side = find_side_values(first, second, third, hidden_argument, model.get_submodule(path), sizes)
     embeddings, epilogue, unused = _owners(model, path, first)
     return Family(
         layers=path,
@@ -79,7 +63,8 @@ def observe(model: PreTrainedModel) -> Family:
         hidden_argument=hidden_argument,
         layer_returns=layer_returns,
         cache_argument=_cache_argument(model),
-        **_config_keys(model.config),
+        side=side,
+        **_hidden_form(first, third, hidden_argument, sizes) | _config_keys(model.config),
     )
 
 
@@ -100,62 +85,6 @@ def find_layers(model: PreTrainedModel) -> str:
     return max(sizes, key=lambda path: sizes[path])
 
 
-def trace(model: PreTrainedModel, layers_path: str, input_ids: torch.Tensor) -> Trace:
-    """Run `model` on `input_ids` (int64 [batch, positions]) and note what is called when."""
-    watcher = _Watcher(model, layers_path)
-    try:
-        with torch.no_grad():
-            model(input_ids, use_cache=False)
-    finally:
-        watcher.stop()
-    return watcher.seen
-
-
-class _Watcher:
-    """Hooks on every module of a model."""
-
-    def __init__(self, model: nn.Module, layers_path: str) -> None:
-        self.seen = Trace()
-        layers = list(model.get_submodule(layers_path).children())
-        self._numbers = {module: number for number, module in enumerate(layers)}
-        self._inner = {module for layer in layers for module in layer.modules()}
-        self._paths = {module: path for path, module in model.named_modules()}
-        self._phase = BEFORE
-        self._open_layers = 0
-        self._handles = [
-            handle
-            for module in self._paths
-            for handle in (
-                module.register_forward_pre_hook(self._before, with_kwargs=True),
-                module.register_forward_hook(self._after, with_kwargs=True),
-            )
-        ]
-
-    def stop(self) -> None:
-        """Take the hooks away."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _before(self, module: nn.Module, *_: Any) -> None:
-        if module in self._numbers:
-            self._open_layers += 1
-        elif module not in self._inner:
-            phase = INSIDE if self._open_layers else self._phase
-            self.seen.phases.setdefault(self._paths[module], set()).add(phase)
-
-    def _after(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        if module not in self._numbers:
-            return
-        self._open_layers -= 1
-        number = self._numbers[module]
-        self._phase = AFTER if number == len(self._numbers) - 1 else BETWEEN
-        arguments: dict[int | str, Any] = dict(enumerate(args))
-        arguments.update(kwargs)
-        self.seen.calls.append(LayerCall(number, arguments, output))
-
-
 def _check_order(seen: Trace, count: int) -> None:
     """Refuse what does not call each layer once, in order."""
     order = [call.number for call in seen.calls]
@@ -169,12 +98,19 @@ def _handing_on(seen: Trace) -> tuple[int | str, int]:
     lengths: set[int] = set()
     for before, call in pairwise(seen.calls):
         hidden = _hidden_of(before.output)
-        places.add(next((k for k, v in call.arguments.items() if v is hidden), None))
+        places.add(next((k for k, v in call.arguments.items() if _is_view(v, hidden)), None))
         lengths.add(len(before.output) if isinstance(before.output, (tuple, list)) else 0)
     place = places.pop() if len(places) == 1 else None
     if place is None or len(lengths) != 1:
         raise NotAChainError("a layer is not given what the layer before it returned")
     return place, lengths.pop()
+
+
+def _is_view(value: Any, hidden: torch.Tensor) -> bool:
+    """Whether a value is a hidden state, or all of it seen another time."""
+    if not isinstance(value, torch.Tensor) or value.shape != hidden.shape:
+        return False
+    return value is hidden or value.data_ptr() == hidden.data_ptr()
 
 
 def _hidden_of(output: Any) -> torch.Tensor:
@@ -185,34 +121,28 @@ def _hidden_of(output: Any) -> torch.Tensor:
     return first
 
 
-def _check_side_values(first: Trace, second: Trace, hidden_argument: int | str) -> None:
-    """Refuse layers that are given more than the hidden state that depends on the tokens."""
-    side = {
-        key
-        for one, other in zip(first.calls, second.calls, strict=True)
-        for key, value in one.arguments.items()
-        if key != hidden_argument and not _same(value, other.arguments.get(key))
+def _in_bfloat16(model: PreTrainedModel, path: str, ids: torch.Tensor) -> Trace | None:
+    """Trace a copy of the model in bfloat16; `None` where it can't run so."""
+    smaller: Any = copy.deepcopy(model)
+    try:
+        return trace(smaller.to(torch.bfloat16), path, ids)
+    except (RuntimeError, ValueError, TypeError):
+        return None
+
+
+def _hidden_form(
+    first: Trace, third: Trace | None, argument: int | str, sizes: Sizes
+) -> dict[str, Any]:
+    """Return where in the hidden state the batch is, its other sizes, and its dtype."""
+    axis, rest = sizes.around(first.calls[-1].arguments[argument], "hidden state")
+    last = third.calls[-1].arguments[argument].dtype if third else torch.bfloat16
+    fixed = "" if last is torch.bfloat16 else str(last).removeprefix("torch.")
+    return {
+        "batch_axis": axis,
+        "hidden_dims": tuple(sizes.name(size, "its hidden state") for size in rest),
+        "hidden_dtype": fixed,
+        "hidden_dtype_switch": _FLOAT32 if fixed and hasattr(sizes.config, _FLOAT32) else "",
     }
-    if side:
-        named = ", ".join(sorted(map(str, side)))
-        raise NotAChainError(f"its layers need more than the hidden state: {named}")
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether the tensors in two values are equal."""
-    ours, theirs = list(_tensors(one)), list(_tensors(other))
-    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors in nested containers."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
 
 
 def _owners(
@@ -224,15 +154,46 @@ def _owners(
     """
     owners: dict[str, list[str]] = {BEFORE: [], AFTER: [], NEVER: []}
     for path, module in model.named_modules():
-        around = path == "" or layers_path.startswith(f"{path}.")
-        if around or path.startswith(layers_path) or not _has_own_weights(module):
+        around = path == "" or f"{layers_path}.".startswith(f"{path}.")
+        inside = path.startswith(f"{layers_path}.")
+        phase = None if around or inside else _phase_of(path, module, seen)
+        if phase is None:
             continue
-        phases = seen.phases.get(path, {NEVER})
-        if len(phases) == 1 and (phase := next(iter(phases))) in owners:
-            known = [other for paths in owners.values() for other in paths]
-            if not any(path.startswith(f"{other}.") for other in known):
-                owners[phase].append(path)
-    return tuple(owners[BEFORE]), tuple(owners[AFTER]), tuple(owners[NEVER])
+        known = [other for paths in owners.values() for other in paths]
+        if not any(path.startswith(f"{other}.") for other in known):
+            owners[phase].append(path)
+    before, after, never = (_whole_lists(model, owners[phase]) for phase in (BEFORE, AFTER, NEVER))
+    return before, after, never
+
+
+def _whole_lists(model: PreTrainedModel, paths: list[str]) -> tuple[str, ...]:
+    """Return `paths` with a list in the place of its items, where all of them are there.
+
+    How many items it has is a matter of a model's size, not of its architecture.
+    """
+    for path, module in model.named_modules():
+        inside = [name for name in paths if name.startswith(f"{path}.")]
+        held = sum(1 for name in inside for _ in model.get_submodule(name).parameters())
+        if isinstance(module, nn.ModuleList) and 0 < held == len(list(module.parameters())):
+            place = paths.index(inside[0])
+            paths = [name for name in paths if name not in inside]
+            paths.insert(place, path)
+    return tuple(paths)
+
+
+def _phase_of(path: str, module: nn.Module, seen: Trace) -> str | None:
+    """Return when a module with weights runs: before all layers, after them, or never.
+
+    `None` where it has no weights of its own, or runs at several times.  Of one that never runs,
+    nor anything in it, every weight is unused, however many modules a real model has in it.
+    """
+    inner = f"{path}."
+    if not any(name == path or name.startswith(inner) for name in seen.phases):
+        return NEVER if next(module.parameters(), None) is not None else None
+    phases = seen.phases.get(path, {NEVER})
+    phase = next(iter(phases))
+    single = len(phases) == 1 and phase in {BEFORE, AFTER, NEVER}
+    return phase if single and _has_own_weights(module) else None
 
 
 def _cache_argument(model: PreTrainedModel) -> str:
@@ -241,15 +202,34 @@ def _cache_argument(model: PreTrainedModel) -> str:
     return "cache_params" if "past_key_values" not in names else "past_key_values"
 
 
-def _config_keys(config: PreTrainedConfig) -> dict[str, str]:
+def _config_keys(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the names that `config.json` has for sizes that configs name differently."""
-    renamed = config.get_text_config(decoder=True).attribute_map
+    decoder = config.get_text_config(decoder=True)
+    renamed = decoder.attribute_map
     standard = {
         "layer_count_key": "num_hidden_layers",
         "hidden_size_key": "hidden_size",
         "max_positions_key": "max_position_embeddings",
     }
-    return {ours: renamed.get(theirs, theirs) for ours, theirs in standard.items()}
+    keys = {ours: renamed.get(theirs, theirs) for ours, theirs in standard.items()}
+    return keys | _listed_layers(decoder, keys["layer_count_key"])
+
+
+def _listed_layers(decoder: PreTrainedConfig, key: str) -> dict[str, Any]:
+    """Return the list that has an item for each layer, where `config.json` has no number of them.
+
+    Raises:
+        NotAChainError: It has neither.
+    """
+    stored = decoder.to_dict()
+    if key in stored:
+        return {}
+    count = decoder.num_hidden_layers
+    lists = [name for name, value in stored.items() if isinstance(value, list)]
+    fitting = [name for name in lists if len(stored[name]) == count]
+    if not fitting:
+        raise NotAChainError("its config.json does not say how many layers it has")
+    return {"layer_count_key": fitting[0]}
 
 
 def _token_count(model: PreTrainedModel) -> int:

@@ -35,7 +35,6 @@ from splitlearn_core.devices import check_device
 from splitlearn_core.dtypes import as_dtype, dtype_name
 from splitlearn_core.estimate import estimate_tensors
 from splitlearn_core.factory import AUTO, find_model
-from splitlearn_core.families import family_of
 from splitlearn_core.loading.files import local_config
 from splitlearn_core.loading.materialize import Placement
 from splitlearn_core.loading.opening import open_source
@@ -165,6 +164,7 @@ def verify(
     revision: str | None = None,
     allow_empty: bool = False,
     token: str | bool | None = None,
+    allow_uncertified: bool = False,
 ) -> VerifyReport:
     """Compare parts with the unsplit model.
 
@@ -187,6 +187,7 @@ def verify(
         revision: Branch, tag or commit on the hub.
         allow_empty: Let Bottom or Top have no layers.
         token: For the hub; `None` uses `HF_TOKEN` or the login.
+        allow_uncertified: Let in an architecture that was not certified.
 
     Returns:
         The figures; that parts are different is no error here.
@@ -202,6 +203,7 @@ def verify(
         cache_dir=cache_dir,
         revision=revision,
         token=token,
+        allow_uncertified=allow_uncertified,
     )
     plan, saved = _plan(model, split_points, parts, allow_empty=allow_empty)
     trial = Trial.make(
@@ -247,7 +249,7 @@ class _Comparison:
         self._plan = plan
         self._saved = saved
         self._placement = placement
-        self._family = family_of(model.config.model_type)
+        self._family = model.family
         skeleton = build_skeleton(copy.deepcopy(model.config))
         self._parameters = parameters_to_differentiate(skeleton, self._family, plan)
         self.dtype = placement.dtype or torch.float32
@@ -262,7 +264,8 @@ class _Comparison:
         return compare(expected, produced, tolerance)
 
     def _ask_unsplit(self, trial: Trial) -> Answers:
-        unsplit = load_whole_model(self._model.files, self._model.config, self._placement.dtype)
+        model = self._model
+        unsplit = load_whole_model(model.files, model.config, self._placement.dtype, self._family)
         unsplit.to(self._placement.device)  # type: ignore[arg-type]  # wrapped by transformers
         self.dtype = unsplit.dtype
         subject = Unsplit(unsplit, self._family, self._plan, self._parameters)
@@ -276,6 +279,7 @@ class _Comparison:
                 source,
                 self._placement,
                 checkpoint=self._model.description,
+                family=self._family,
                 kept=self._parameters.values(),
             )
             subject = Unsplit(
@@ -302,10 +306,20 @@ class _Comparison:
         """Load a part, from where it was saved if it was."""
         if spec.name in self._saved:
             return load_part(
-                self._saved[spec.name], device=self._placement.device, dtype=self._placement.dtype
+                self._saved[spec.name],
+                device=self._placement.device,
+                dtype=self._placement.dtype,
+                allow_uncertified=self._model.allow_uncertified,
             )
         checkpoint = self._model.description
-        return build_part(self._model.config, spec, source, self._placement, checkpoint=checkpoint)
+        return build_part(
+            self._model.config,
+            spec,
+            source,
+            self._placement,
+            checkpoint=checkpoint,
+            family=self._family,
+        )
 
 
 def compare(expected: Answers, produced: Answers, tolerance: float) -> list[Check]:
@@ -398,14 +412,14 @@ def _plan(
 
 def _vocabulary(model: OpenModel) -> int:
     """Return the number of token ids."""
-    return read_shape(local_config(model.files)).vocab_size
+    return read_shape(local_config(model.files), lambda _: model.family).vocab_size
 
 
 def _choose(model: OpenModel, placement: Placement) -> tuple[bool, str]:
     """Decide whether the unsplit model fits, and say why."""
     whole = SplitPlan.whole(model.num_layers).component(FULL)
     with closing(open_source(model.files)) as source:
-        blueprint = draw(model.config, whole, source, model.description)
+        blueprint = draw(model.config, whole, source, model.description, model.family)
     needed = estimate_tensors(blueprint.reads.stored.values(), placement).peak_bytes
     on_host = placement.device.type != "cuda"
     memory = host_memory() if on_host else cuda_memory(placement.device.index or 0)

@@ -73,17 +73,26 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0: any free one.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
 ) -> None:
-    """Run the daemon: load the configured models and serve them until SIGTERM."""
-    given = {"host": host, "port": port, "log_level": log_level}
+    """Run the daemon: load the configured models and serve them until SIGTERM.
+
+    SIGHUP reads the file again.
+    """
+    given = {"host": host, "port": port, "log_level": log_level, "log_format": log_format}
     server = {key: value for key, value in given.items() if value is not None}
     settings = _read(config, {"server": server})
 
     from splitlearn_manager.preflight import check_checkpoints  # noqa: PLC0415
     from splitlearn_manager.server.daemon import run  # noqa: PLC0415 - needs torch
 
+    def reread() -> DaemonConfig:
+        newer = _read(config, {"server": server})
+        check_checkpoints(newer.models, str(config))
+        return newer
+
     check_checkpoints(settings.models, str(config))
-    _end_process(run(settings))
+    _end_process(run(settings, reread))
 
 
 @app.command()

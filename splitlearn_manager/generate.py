@@ -194,7 +194,10 @@ def _tokenizer(model: Any, config: ModelConfig) -> Any:
     else:
         part = config.part
         tokenizer = load_tokenizer(
-            config.model_path, cache_dir=part.cache_dir, revision=part.revision
+            config.model_path,
+            cache_dir=part.cache_dir,
+            revision=part.revision,
+            allow_uncertified=part.allow_uncertified,
         )
     if tokenizer is None:
         raise ValueError(f"{config.model_path} has no tokenizer, so text can't be generated")

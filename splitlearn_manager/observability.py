@@ -11,6 +11,7 @@ import logging
 import platform
 import sys
 from contextlib import suppress
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,13 +32,15 @@ from splitlearn_manager.core.states import ModelStatus
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from splitlearn_manager.core.events import TransitionEvent
+    from splitlearn_manager.core.events import ReloadFailedEvent, TransitionEvent
     from splitlearn_manager.core.model_info import ModelInfo
     from splitlearn_manager.core.resources import ResourceUsage
 
 LogFormat = Literal["text", "json"]
 
 LOAD_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800)
+AGE_BUCKETS = (1, 10, 60, 300, 1800, 3600, 6 * 3600, 24 * 3600, 7 * 24 * 3600)
+LAG_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
 STEP_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180)
 
@@ -56,6 +59,7 @@ class Metrics:
         build = Info("splitlearn_build", "Version of the daemon", registry=self.registry)
         build.info({"version": version(), "python": platform.python_version()})
         self._define_models()
+        self._define_memory()
         self._define_sessions()
         self._define_requests()
 
@@ -64,11 +68,28 @@ class Metrics:
         self._load_seconds = self._histogram(
             "model_load_duration_seconds", "Loads that ended well", LOAD_BUCKETS
         )
-        self._load_failures = self._counter(
-            "model_load_failures_total", "Loads that failed", "model"
+        self._queue_seconds = self._histogram(
+            "model_load_queue_seconds", "Until their weights began to come", LOAD_BUCKETS
         )
+        self._load_failures = self._counter(
+            "model_load_failures_total", "Loads and reloads that failed", "reason"
+        )
+        self._loading = self._gauge("model_loads_in_progress", "Loads and reloads under way")
+        self._unload_seconds = self._histogram(
+            "model_unload_duration_seconds", "Unloads, the drain included", LOAD_BUCKETS
+        )
+        self._evictions = self._counter(
+            "model_evictions_total", "Models that went because nobody used them", "reason"
+        )
+        self._eviction_age = self._histogram(
+            "model_age_at_eviction_seconds", "How long these had been ready", AGE_BUCKETS
+        )
+        self._size = self._gauge("model_size_bytes", "Size of a model's weights", "model", "kind")
+
+    def _define_memory(self) -> None:
         self._capacity = self._gauge("memory_capacity_bytes", "Most to be reserved", "device")
         self._reserved = self._gauge("memory_reserved_bytes", "Reserved for models", "device")
+        self._used = self._gauge("memory_used_bytes", "Measured of loaded models", "device")
 
     def _define_sessions(self) -> None:
         self._sessions = self._gauge("sessions_open", "Sessions that are open", "model")
@@ -86,6 +107,10 @@ class Metrics:
         self._request_seconds = self._histogram(
             "request_duration_seconds", "HTTP requests", REQUEST_BUCKETS, "route"
         )
+        self._in_flight = self._gauge("requests_in_flight", "HTTP requests being answered")
+        self._loop_lag = self._histogram(
+            "event_loop_lag_seconds", "How late a timer of the event loop was", LAG_BUCKETS
+        )
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(f"splitlearn_{name}", text, labels, registry=self.registry)
@@ -101,13 +126,29 @@ class Metrics:
         )
 
     def model_moved(self, event: TransitionEvent) -> None:
-        """Count the end of a load; an observer of the manager's transitions."""
-        if event.old is not ModelStatus.LOADING:
-            return
-        if event.new is ModelStatus.READY:
-            self._load_seconds.observe(event.duration_s)
-        else:
-            self._load_failures.labels(event.model_id).inc()
+        """Count the end of a load, a reload or an unload; an observer of transitions."""
+        if event.new is ModelStatus.FAILED:
+            self._load_failures.labels(event.code or "error").inc()
+        elif event.new is ModelStatus.READY:
+            self._load_seconds.observe(event.load_s or 0.0)
+            self._queue_seconds.observe(event.queued_s or 0.0)
+        elif event.new is ModelStatus.UNLOADING and event.code:
+            self._evictions.labels(event.code).inc()
+            self._eviction_age.observe(event.duration_s)
+        elif event.old is ModelStatus.UNLOADING:
+            self._unload_seconds.observe(event.duration_s)
+
+    def reload_failed(self, event: ReloadFailedEvent) -> None:
+        """Count a reload that failed; an observer of failed reloads."""
+        self._load_failures.labels(event.code or "error").inc()
+
+    def loop_lag(self, seconds: float) -> None:
+        """Note how late the event loop was."""
+        self._loop_lag.observe(seconds)
+
+    def request_began(self, change: int) -> None:
+        """Count an HTTP request that has begun (1) or ended (-1)."""
+        self._in_flight.inc(change)
 
     def sessions_open(self, model_id: str, change: int) -> None:
         """Count a session that was opened (1) or has ended (-1)."""
@@ -125,16 +166,23 @@ class Metrics:
         self._request_seconds.labels(route).observe(seconds)
 
     def observe_models(self, models: Iterable[ModelInfo]) -> None:
-        """Set the states of the models that there are now; those of others disappear."""
+        """Set states and sizes of the models that there are now; those of others disappear."""
+        models = list(models)
         self._state.clear()
+        self._size.clear()
         for model in models:
             for status in ModelStatus:
                 self._state.labels(model.model_id, status.value).set(status is model.status)
+            self._size.labels(model.model_id, "predicted").set(model.predicted_bytes)
+            self._size.labels(model.model_id, "actual").set(model.resident_bytes)
+        loading = sum(m.status is ModelStatus.LOADING or m.reloading for m in models)
+        self._loading.set(loading)
 
-    def observe_memory(self, usage: ResourceUsage) -> None:
-        """Set what a device has, and what of it is promised."""
+    def observe_memory(self, usage: ResourceUsage, used: int = 0) -> None:
+        """Set what a device has, what of it is promised, and what of that was measured."""
         self._capacity.labels(usage.device).set(usage.capacity_bytes)
         self._reserved.labels(usage.device).set(usage.reserved_bytes)
+        self._used.labels(usage.device).set(used)
 
     def render(self) -> bytes:
         """Return all of it in Prometheus' text format."""
@@ -146,6 +194,21 @@ def version() -> str:
     with suppress(metadata.PackageNotFoundError):
         return metadata.version("splitlearn")
     return "unknown"
+
+
+CURRENT_REQUEST: ContextVar[str] = ContextVar("request_id")
+"""The request that the code in this context works for; what it starts is done for it, too."""
+
+
+class RequestIdFilter(logging.Filter):
+    """Gives records the id of the request that they come from, as `request_id`."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let every record pass."""
+        request_id = CURRENT_REQUEST.get("")
+        if request_id and not hasattr(record, "request_id"):
+            record.request_id = request_id
+        return True
 
 
 class JsonFormatter(logging.Formatter):
@@ -174,10 +237,18 @@ class JsonFormatter(logging.Formatter):
 
 
 class _TextFormatter(logging.Formatter):
-    """Time, level and logger before the message."""
+    """Time, level and logger before the message; behind it the ids to look for others by."""
+
+    _IDS = ("operation_id", "request_id")
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """Return the line, without a traceback."""
+        ids = [f"{name}={getattr(record, name)}" for name in self._IDS if hasattr(record, name)]
+        line = super().formatMessage(record)
+        return f"{line} [{' '.join(ids)}]" if ids else line
 
 
 def configure_logging(level: str, format: LogFormat = "text") -> None:  # noqa: A002 - as in YAML
@@ -188,6 +259,7 @@ def configure_logging(level: str, format: LogFormat = "text") -> None:  # noqa: 
         format: `text` for people, `json` for one object per line.
     """
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(RequestIdFilter())
     handler.setFormatter(JsonFormatter() if format == "json" else _TextFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]

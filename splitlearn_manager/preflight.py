@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from splitlearn_core.errors import SplitLearnError
+from splitlearn_core.families import family_of
 from splitlearn_core.loading.files import FolderFiles, find_files, local_config
 from splitlearn_core.plan import SplitPlan
 from splitlearn_core.shape import read_shape
@@ -20,6 +21,7 @@ from splitlearn_manager.config.options import PartOptions
 from splitlearn_manager.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
+    from splitlearn_core.shape import FindFamily
     from splitlearn_manager.config.model_config import ModelConfig
 
 _ANY_ARCHITECTURE = {AUTO, HUGGINGFACE, PYTORCH, PIPELINE}
@@ -72,6 +74,15 @@ def _check_each(
         raise ConfigError(*problems)
 
 
+def _find_family(config: ModelConfig) -> FindFamily:
+    """Return what knows the architectures that a configuration lets in."""
+    if not config.options.allow_uncertified:
+        return family_of
+    from splitlearn_core.uncertified import any_family  # noqa: PLC0415 - needs torch
+
+    return any_family
+
+
 def _is_local(config: ModelConfig) -> bool:
     """Whether the model lies on this machine; an error where it should and does not."""
     return isinstance(find_files(config.model_path), FolderFiles)
@@ -82,7 +93,7 @@ def _check_shape(config: ModelConfig) -> None:
     if not _is_local(config):
         return
     folder = local_config(find_files(config.model_path))
-    shape = read_shape(folder)
+    shape = read_shape(folder, _find_family(config))
     if config.model_type not in {*_ANY_ARCHITECTURE, shape.model_type}:
         raise ConfigError(
             Problem(

@@ -22,6 +22,7 @@ from splitlearn_core.messages import short
 __all__ = ["CERTIFIED", "KNOWN_TYPES", "Architecture", "Family", "architectures", "family_of"]
 
 CERTIFIED = "certified"
+FLAG = "allow_uncertified=True, or --allow-uncertified,"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,10 @@ def family_of(model_type: str) -> Family:
     if known is None:
         raise UnsupportedModelError(
             f"unknown model type {short(model_type)}; known are {', '.join(KNOWN_TYPES)}"
+            f" ({FLAG} tries another that transformers has)"
         )
     if known.status != CERTIFIED or known.family is None:
-        raise UnsupportedModelError(f"model type {model_type!r} can't be split: {known.reason}")
+        raise UnsupportedModelError(
+            f"model type {model_type!r} can't be split: {known.reason} ({FLAG} tries it as it is)"
+        )
     return known.family

@@ -37,7 +37,7 @@ from huggingface_hub.utils import build_hf_headers, httpx  # type: ignore[attr-d
 from tqdm import tqdm
 
 from splitlearn_core import __version__
-from splitlearn_core.errors import CheckpointError, FetchError, ModelSourceError
+from splitlearn_core.errors import CheckpointError, FetchError, ModelSourceError, StorageError
 from splitlearn_core.loading.part_cache import PartCache, write_atomically
 from splitlearn_core.loading.remote import Identity, RemoteFile
 from splitlearn_core.loading.retries import Patience, TransientError, patiently
@@ -273,6 +273,19 @@ class HubFiles:
             raise ModelSourceError(f"{self.describe(name)} can't be fetched: {error}") from error
         except httpx.HTTPError as error:
             raise FetchError(f"{self.describe(name)} can't be fetched: {error}") from error
+        except OSError as error:
+            self._discard_unfinished()
+            raise StorageError(
+                f"{self.describe(name)} can't be written to {self._cache_dir}:"
+                f" {error.strerror or error}; make room there, or name another cache_dir",
+                error.errno,
+            ) from error
+
+    def _discard_unfinished(self) -> None:
+        """Give back the room that a whole file took which did not fit."""
+        folder = self._cache_dir / repo_folder_name(repo_id=self.repo_id, repo_type="model")
+        for path in folder.glob("blobs/*.incomplete"):
+            path.unlink(missing_ok=True)
 
     def _remembered_commit(self) -> str | None:
         """Return the commit that the revision was, when the hub was last asked."""

@@ -24,10 +24,9 @@ if TYPE_CHECKING:
     from splitlearn_core.loading.hub import HubFiles
     from splitlearn_core.loading.ranges import Layout, Located, Piece, Span
     from splitlearn_core.loading.remote import Identity, RemoteFile
+    from splitlearn_core.loading.stages import Progress
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[int, int], None]
 
 # Asked for first, where nothing is known of a header's length.  It costs a second request where
 # the header is longer; a larger guess would cost bytes with each small model.

@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from splitlearn_core.dtypes import BY_STORED_NAME
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.headers import INDEX_FILE, SINGLE_FILE, listed, read_header, read_index
 from splitlearn_core.loading.files import FolderFiles
+from splitlearn_core.loading.generation import GENERATION_CONFIG_FILE
 from splitlearn_core.loading.hub_parts import HEADER_GUESS, HubParts
 from splitlearn_core.loading.ranges import Located
 from splitlearn_core.loading.remote import RangesIgnoredError
 from splitlearn_core.loading.sources import (
     BIN_FILE,
     BIN_INDEX_FILE,
-    StoredTensor,
     TorchFileSource,
     no_weights,
+    stored_as,
 )
+from splitlearn_core.loading.stages import LoadStage, enter_stage
 from splitlearn_core.shape import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -33,13 +34,10 @@ if TYPE_CHECKING:
     from splitlearn_core.headers import TensorInfo
     from splitlearn_core.loading.fetch import FetchOptions
     from splitlearn_core.loading.hub import HubFiles
-    from splitlearn_core.loading.hub_parts import Progress
-    from splitlearn_core.loading.sources import TensorSource
+    from splitlearn_core.loading.sources import StoredTensor, TensorSource
+    from splitlearn_core.loading.stages import Progress
 
 logger = logging.getLogger(__name__)
-
-# Read by transformers where it is there.
-GENERATION_CONFIG_FILE = "generation_config.json"
 
 # What a header takes for a tensor beside its name, and for itself: a little more than usual.
 _ENTRY_BYTES = 88
@@ -68,8 +66,7 @@ class HubSource:
 
     def info(self, name: str) -> StoredTensor:
         """Return dtype and shape of one, from its file's header."""
-        info = self._located(name).info
-        return StoredTensor(BY_STORED_NAME[info.dtype], info.shape, info.nbytes)
+        return stored_as(self._located(name).info)
 
     def prepare(self, names: Iterable[str], progress: Progress | None = None) -> None:
         """Bring the bytes of a part here, those that are not yet."""
@@ -85,6 +82,7 @@ class HubSource:
                 progress(done + count, total)
 
         if remote:
+            enter_stage(progress, LoadStage.DOWNLOADING)
             self._obtain(remote, report)
 
     def read(self, name: str) -> torch.Tensor:

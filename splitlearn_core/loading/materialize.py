@@ -1,14 +1,17 @@
 """Bring a part's tensors in, one after the other.
 
-Peak memory is the part's final size plus one tensor (plus the tensors that are fused into one,
-where a converter does that).  Where neither dtype nor device changes, a tensor stays a view of the
+Peak memory is the part's final size plus two tensors (or the tensors that are fused into one, where
+a converter does that).  Where neither dtype nor device changes, a tensor stays a view of the
 mapped file: no anonymous memory at all, until somebody writes to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +20,7 @@ from torch import nn
 from splitlearn_core.dtypes import dtype_name
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.headers import listed
+from splitlearn_core.loading.ahead import ahead
 from splitlearn_core.loading.conversion import check_conversions, convert
 from splitlearn_core.loading.precision import settle_dtypes
 from splitlearn_core.skeleton import initialise_buffers
@@ -26,8 +30,7 @@ if TYPE_CHECKING:
 
     from splitlearn_core.loading.names import NameMap, Recipe
     from splitlearn_core.loading.sources import StoredTensor, TensorSource
-
-Progress = Callable[[int, int], None]
+    from splitlearn_core.loading.stages import Progress
 
 # Tensors that one message names.
 _SHOWN = 20
@@ -142,15 +145,15 @@ def materialize(
         CheckpointError: A tensor can't be read or converted.
     """
     done = 0
-    for recipe, targets in reads.distinct():
-        if progress is not None:
-            progress(done, reads.nbytes)
-        values = _cook(part, recipe, reads, source, placement)
-        for target in targets:
-            _assign(part, target, _value_for(target, recipe, values, reads.ties))
-        done += sum(reads.stored[name].nbytes for name in recipe.stored)
+    with closing(_cooked(part, reads, source, placement)) as cooked:
+        for recipe, targets, values in cooked:
+            if progress is not None:
+                progress(done, reads.nbytes)
+            for target in targets:
+                _assign(part, target, _value_for(target, recipe, values, reads.ties))
+            done += sum(reads.stored[name].nbytes for name in recipe.stored)
     _tie(part, reads)
-    initialise_buffers(part, placement.device)
+    initialise_buffers(part, placement.device, _absent_twins(part, reads))
     if progress is not None:
         progress(reads.nbytes, reads.nbytes)
 
@@ -183,21 +186,41 @@ def _misfits(
         yield dtype_name(stored.dtype), kind
 
 
-def _cook(
-    part: PreTrainedModel,
-    recipe: Recipe,
-    reads: PartReads,
-    source: TensorSource,
-    placement: Placement,
-) -> dict[str, torch.Tensor]:
-    """Read what a recipe needs, and return the tensors that it makes, by the model's names."""
-    tensors = (
-        _place(source.read(name), placement, placement.final_dtype(reads.stored[name]))
-        for name in recipe.stored
-    )
-    if recipe.converter is None:
-        return {recipe.target: next(tensors)}
-    return convert(part, recipe, tensors, source)
+def _cooked(
+    part: PreTrainedModel, reads: PartReads, source: TensorSource, placement: Placement
+) -> Generator[tuple[Recipe, list[str], dict[str, torch.Tensor]]]:
+    """Yield each recipe, the tensors that it is for, and their values, by the model's names.
+
+    What is only copied is copied a little ahead, in other threads; tensors are opened in this one.
+    What a converter makes is made alone: it may be as large as a whole layer.
+    """
+    plain = [(recipe, users) for recipe, users in reads.distinct() if recipe.converter is None]
+    copies = _copies([recipe.stored[0] for recipe, _ in plain], reads, source, placement)
+    for (recipe, users), value in zip(plain, copies, strict=True):
+        yield recipe, users, {recipe.target: value}
+    for recipe, users in reads.distinct():
+        if recipe.converter is not None:
+            tensors = (job() for job in _jobs(recipe.stored, reads, source, placement))
+            yield recipe, users, convert(part, recipe, tensors, source)
+
+
+def _copies(
+    names: Sequence[str], reads: PartReads, source: TensorSource, placement: Placement
+) -> Iterator[torch.Tensor]:
+    """Return stored tensors where and how they are wanted, in order."""
+    jobs = _jobs(names, reads, source, placement)
+    if any(placement.copies(reads.stored[name]) for name in names):
+        return ahead(jobs)
+    return (job() for job in jobs)
+
+
+def _jobs(
+    names: Iterable[str], reads: PartReads, source: TensorSource, placement: Placement
+) -> Iterator[Callable[[], torch.Tensor]]:
+    """Open stored tensors one by one, and yield what brings each where it is wanted."""
+    for name in names:
+        dtype = placement.final_dtype(reads.stored[name])
+        yield partial(_place, source.read(name), placement, dtype)
 
 
 def _value_for(
@@ -247,6 +270,22 @@ def _tie(part: nn.Module, reads: PartReads) -> None:
         if reads.recipes[target] is reads.recipes[origin] or torch.equal(ours, theirs):
             path, _, name = target.rpartition(".")
             setattr(part.get_submodule(path), name, theirs)
+
+
+def _absent_twins(part: PreTrainedModel, reads: PartReads) -> dict[str, nn.Module]:
+    """Return the absent modules whose weight is here by another name, as they would be if present.
+
+    What an architecture does to the one, it must do to the other.
+    """
+    twins: dict[str, nn.Module] = {}
+    for target, origin in reads.ties.items():
+        path, _, name = origin.rpartition(".")
+        if target in reads.recipes and origin not in reads.recipes:
+            real = getattr(part.get_submodule(path), "real", None)
+            if isinstance(real, nn.Module):
+                twins[path] = copy.copy(real)
+                twins[path]._parameters = {name: _get(part, target)}  # type: ignore[dict-item]  # noqa: SLF001
+    return twins
 
 
 def _get(part: nn.Module, target: str) -> torch.Tensor:

@@ -8,9 +8,9 @@ of a source.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -24,10 +24,9 @@ from splitlearn_core.loading.torch_files import read_torch_file
 if TYPE_CHECKING:
     from splitlearn_core.headers import TensorInfo
     from splitlearn_core.loading.files import CheckpointFiles
+    from splitlearn_core.loading.stages import Progress
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[int, int], None]
 
 BIN_FILE = "pytorch_model.bin"
 BIN_INDEX_FILE = "pytorch_model.bin.index.json"
@@ -57,6 +56,16 @@ class StoredTensor:
             return self.dtype
         dtype = wanted or self.common or self.dtype
         return torch.float32 if dtype in self.float32_in else dtype
+
+
+def stored_as(info: TensorInfo) -> StoredTensor:
+    """Return what a header says of a tensor."""
+    return _stored_as(info.dtype, info.shape, info.nbytes)
+
+
+@lru_cache(maxsize=1024)  # experts are all alike
+def _stored_as(dtype: str, shape: tuple[int, ...], nbytes: int) -> StoredTensor:
+    return StoredTensor(BY_STORED_NAME[dtype], shape, nbytes)
 
 
 class TensorSource(Protocol):
@@ -129,8 +138,7 @@ class SafetensorsSource:
                 f"{self._files.describe(INDEX_FILE)} says that {name} lies in {file}, but it is"
                 " not there"
             )
-        info = header[name]
-        return StoredTensor(BY_STORED_NAME[info.dtype], info.shape, info.nbytes)
+        return stored_as(header[name])
 
     def prepare(self, names: Iterable[str], progress: Progress | None = None) -> None:
         """Do nothing: tensors are mapped where they lie."""

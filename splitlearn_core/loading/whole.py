@@ -6,13 +6,12 @@ import copy
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from transformers import GenerationConfig
-
 from splitlearn_core.builder import draw
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.headers import listed
+from splitlearn_core.loading.generation import read_generation_config
 from splitlearn_core.loading.hub import HubFiles
-from splitlearn_core.loading.hub_source import GENERATION_CONFIG_FILE, fetch_whole
+from splitlearn_core.loading.hub_source import fetch_whole
 from splitlearn_core.loading.opening import open_source
 from splitlearn_core.loading.sources import StateDictSource
 from splitlearn_core.messages import in_one_line
@@ -20,17 +19,19 @@ from splitlearn_core.plan import FULL, SplitPlan
 from splitlearn_core.skeleton import building
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from splitlearn_core.families import Family
     from splitlearn_core.loading.files import CheckpointFiles
     from splitlearn_core.loading.materialize import PartReads
 
 
 def open_whole_model(
-    files: CheckpointFiles, config: PreTrainedConfig, dtype: torch.dtype | None
+    files: CheckpointFiles,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | None,
+    family: Family | None = None,
 ) -> StateDictSource:
     """Load the unsplit model on the CPU and offer its tensors.
 
@@ -41,11 +42,14 @@ def open_whole_model(
         CheckpointError: (a `ValueError`) Tensors are missing, of the wrong shape or kind, or
             strangers, where transformers would go on without, or with random ones.
     """
-    return StateDictSource(_load(files, config, dtype).state_dict(), files.description)
+    return StateDictSource(_load(files, config, dtype, family).state_dict(), files.description)
 
 
 def load_whole_model(
-    files: CheckpointFiles, config: PreTrainedConfig, dtype: torch.dtype | None
+    files: CheckpointFiles,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | None,
+    family: Family | None = None,
 ) -> PreTrainedModel:
     """Load the unsplit `…ForCausalLM` of `files` as transformers does, but strictly.
 
@@ -55,14 +59,17 @@ def load_whole_model(
     """
     if isinstance(files, HubFiles):
         files = fetch_whole(files)
-    model = _load(files, config, dtype)
-    if (path := files.find(GENERATION_CONFIG_FILE)) is not None:
-        model.generation_config = _generation_config(path)
+    settings = read_generation_config(files)
+    model = _load(files, config, dtype, family)
+    model.generation_config = settings
     return model
 
 
 def _load(
-    files: CheckpointFiles, config: PreTrainedConfig, dtype: torch.dtype | None
+    files: CheckpointFiles,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | None,
+    family: Family | None,
 ) -> PreTrainedModel:
     """Let transformers make the model of tensors that this library has read.
 
@@ -74,7 +81,7 @@ def _load(
     num_layers = config.get_text_config(decoder=True).num_hidden_layers
     spec = SplitPlan.whole(num_layers).component(FULL)
     with closing(open_source(files)) as source:
-        blueprint = draw(config, spec, source, files.description)
+        blueprint = draw(config, spec, source, files.description, family)
         tensors = {name: source.read(name) for name in source.names()}
     try:
         with building:
@@ -96,15 +103,6 @@ def _load(
     model.config.name_or_path = config.name_or_path
     model.eval()
     return model
-
-
-def _generation_config(path: Path) -> GenerationConfig:
-    """Read what the model's makers say about generating."""
-    try:
-        return GenerationConfig.from_pretrained(path.parent, path.name, local_files_only=True)
-    except Exception as error:
-        # it checks its fields, and raises what it likes
-        raise CheckpointError(f"{path} makes no sense: {in_one_line(error)}") from error
 
 
 def _kept_dtype(reads: PartReads) -> torch.dtype:

@@ -123,7 +123,10 @@ def load_pipeline(config: ModelConfig, progress: Progress | None = None) -> Pipe
         model = SplitCausalLM(bottom, trunks, top)
         _check_dtypes(model, trunks)
         tokenizer = load_tokenizer(
-            config.model_path, cache_dir=options.cache_dir, revision=options.revision
+            config.model_path,
+            cache_dir=options.cache_dir,
+            revision=options.revision,
+            allow_uncertified=options.allow_uncertified,
         )
         undo.pop_all()
     return Pipeline(model, tokenizer, trunks)
@@ -143,6 +146,7 @@ def estimate_pipeline(config: ModelConfig) -> MemoryEstimate:
             revision=options.revision,
             allow_empty=options.allow_empty,
             mmap=options.mmap,
+            allow_uncertified=options.allow_uncertified,
         )
         for name in (BOTTOM, TOP)
     )
@@ -163,6 +167,7 @@ def _load_end(config: ModelConfig, name: str, progress: Progress | None) -> Spli
         allow_empty=options.allow_empty,
         mmap=options.mmap,
         progress=progress,
+        allow_uncertified=options.allow_uncertified,
     )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import weakref
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from splitlearn_core.errors import CacheMismatchError
+from splitlearn_core.hidden_state import HiddenState
 from splitlearn_manager.client.address import Address, model_path
 from splitlearn_manager.client.connection import (
     CONNECT_TIMEOUT,
@@ -18,12 +20,13 @@ from splitlearn_manager.client.connection import (
     RemoteSession,
     SessionConnection,
 )
+from splitlearn_manager.client.description import Description, RemoteValue, describe
 from splitlearn_manager.client.errors import RemoteError, RemoteSessionClosed, RemoteUnavailable
 from splitlearn_manager.serving.tensors import tensor_from_wire, tensor_to_wire
 from splitlearn_manager.serving.wire import Frame, Kind, TensorName
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator
 
     from splitlearn_manager.serving.wire import WireTensor
 
@@ -40,7 +43,8 @@ class RemoteTrunk:
             model = SplitCausalLM(bottom, trunk, top)
             model.generate(...)
 
-    What goes over the network is hidden states and masks; KV caches stay on the server.  Gradients
+    What goes over the network is hidden states, masks, and what must go with the hidden states of a
+    few architectures (`side_inputs`, `side_outputs`); KV caches stay on the server.  Gradients
     don't cross it: a forward through it works, a backward raises.
 
     Making one does not connect; the first use does.  It may be used from several threads, which
@@ -63,7 +67,7 @@ class RemoteTrunk:
         self.model_id = model_id
         self._connection = SessionConnection(self._address, model_id, timeout)
         self._lock = threading.Lock()
-        self._facts: dict[str, str] | None = None
+        self._described: Description | None = None
         self._attendant: Attendant | None = None
         self._closed = False
 
@@ -124,34 +128,49 @@ class RemoteTrunk:
         """Bytes of frames that came in so far."""
         return self._connection.bytes_received
 
-    def _fact(self, name: str) -> str:
-        """Return a fact about the part, which the server is asked for once.
+    @property
+    def hidden_shape(self) -> tuple[int, ...]:
+        """Sizes of the hidden states after [batch, new]."""
+        return self._description.hidden_shape
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        """Dtype of the hidden states that it takes and gives."""
+        name = self._description.facts.get("hidden_dtype")
+        dtype: torch.dtype = getattr(torch, name) if name else self.dtype
+        return dtype
+
+    @property
+    def side_inputs(self) -> tuple[RemoteValue, ...]:
+        """What the part needs besides the hidden states."""
+        return self._description.takes
+
+    @property
+    def side_outputs(self) -> tuple[RemoteValue, ...]:
+        """What the part makes besides the hidden states."""
+        return self._description.gives
+
+    @property
+    def _description(self) -> Description:
+        """What the server says about the part; it is asked once.
 
         Raises:
             RemoteError: There is no such model (lists those there are), or it is no Trunk.
             RemoteUnavailable: The server can't be reached, or the model is not ready.
         """
         with self._lock:
-            if self._facts is None:
-                self._facts = self._ask_for_facts()
+            if self._described is None:
+                answer = self._address.get_json(model_path(self.model_id), CONNECT_TIMEOUT)
+                self._described = describe(answer, self.model_id, self.url)
+            return self._described
+
+    def _fact(self, name: str) -> str:
+        """Return a fact about the part."""
         try:
-            return self._facts[name]
+            return self._description.facts[name]
         except KeyError:
             text = f"{self.url} does not say the {name} of {self.model_id!r}"
             raise RemoteError(text, "bad_answer") from None
-
-    def _ask_for_facts(self) -> dict[str, str]:
-        """Return what the server says about the part."""
-        answer = self._address.get_json(model_path(self.model_id), CONNECT_TIMEOUT)
-        facts = answer.get("properties") if isinstance(answer, dict) else None
-        if not isinstance(facts, dict):
-            text = f"{self.url} is no SplitLearn daemon: it tells no properties of its models"
-            raise RemoteError(text, "bad_answer")
-        component = str(facts.get("component"))
-        if component != "trunk" and not component.startswith("trunk-"):
-            text = f"{self.model_id!r} at {self.url} is {component!r}, and a Trunk is needed"
-            raise RemoteError(text, "unsupported_component")
-        return {str(name): str(fact) for name, fact in facts.items()}
 
     # --- What it does ----------------------------------------------------------------------
 
@@ -161,17 +180,18 @@ class RemoteTrunk:
 
     def __call__(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | HiddenState,
         *,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: RemoteCache | None = None,
         use_cache: bool | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | HiddenState:
         """Run the part.
 
         Args:
-            hidden_states: [batch, new, hidden] in the part's dtype, on any device.
+            hidden_states: [batch, new, hidden] in the part's dtype, on any device; or the
+                `HiddenState` that the part before returned.
             attention_mask: int64 [batch, past + new], 0 for padding.  What was sent with earlier
                 steps can't change.
             position_ids: int64 [batch, new]; counted from the cache's length when left out.
@@ -180,7 +200,8 @@ class RemoteTrunk:
             use_cache: As for a local part: a cache that is given is filled, and none is returned.
 
         Returns:
-            The hidden states [batch, new, hidden], with dtype and device of those that came.
+            The hidden states [batch, new, hidden], with dtype and device of those that came; in a
+            `HiddenState` where something must go with them.
 
         Raises:
             CacheMismatchError: (a `ValueError`) The cache is another part's, or `use_cache=True`
@@ -197,10 +218,11 @@ class RemoteTrunk:
         run = partial(
             self._run, cache=past_key_values, mask=attention_mask, position_ids=position_ids
         )
-        if hidden_states.requires_grad and torch.is_grad_enabled():
-            crossed: torch.Tensor = _OneWay.apply(hidden_states, run)  # type: ignore[no-untyped-call]
-            return crossed
-        return run(hidden_states)
+        given = HiddenState.of(hidden_states)
+        if not torch.is_grad_enabled() or not _wants_gradient(given):
+            return run(given).handed_on
+        left = run(given.detach())
+        return replace(left, tensor=_cut(left.tensor, given)).handed_on
 
     def _check_cache(self, cache: RemoteCache | None, use_cache: bool | None) -> None:
         """Refuse a cache that this part can't fill, or a wish that it can't meet."""
@@ -214,30 +236,38 @@ class RemoteTrunk:
 
     def _run(
         self,
-        hidden_states: torch.Tensor,
+        given: HiddenState,
         *,
         cache: RemoteCache | None,
         mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-    ) -> torch.Tensor:
+    ) -> HiddenState:
         """Run one step, in the cache's session or in one of its own."""
-        self._check_hidden(hidden_states)
+        self._check_hidden(given)
+        sent = {value.name: value.part_of(given) for value in self.side_inputs}
         with ExitStack() as stack:
             if cache is None:
                 cache = stack.enter_context(closing(self.new_cache()))
-            return cache.step(hidden_states, mask, position_ids).to(hidden_states.device)
+            left = cache.step(HiddenState(given.tensor, sent), mask, position_ids)
+        passed = {name: rest for name, rest in self._passed_on(given) if rest is not None}
+        return replace(left.to(given.device), side=passed | dict(left.to(given.device).side))
 
-    def _check_hidden(self, hidden_states: torch.Tensor) -> None:
+    def _passed_on(self, given: HiddenState) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Yield what came with the hidden states and is for later parts."""
+        taken = {value.name: value for value in self.side_inputs}
+        for name, value in given.side.items():
+            yield name, taken[name].left_of(value) if name in taken else value
+
+    def _check_hidden(self, given: HiddenState) -> None:
         """Refuse what is not the hidden state of this model, before it travels."""
-        shape = list(hidden_states.shape)
-        if len(shape) != 3 or shape[2] != self.hidden_size or 0 in shape:  # noqa: PLR2004
+        shape = list(given.shape)
+        if given.new != shape[1] or 0 in shape or tuple(shape[2:]) != self.hidden_shape:
+            sizes = ", ".join(map(str, self.hidden_shape))
+            raise ValueError(f"hidden_states must be [batch, new, {sizes}], found {shape}")
+        if given.dtype is not self.hidden_dtype:
             raise ValueError(
-                f"hidden_states must be [batch, new, {self.hidden_size}], found {shape}"
-            )
-        if hidden_states.dtype is not self.dtype:
-            raise ValueError(
-                f"hidden_states are {hidden_states.dtype}, and {self.model_id!r} at {self.url}"
-                f" computes in {self.dtype}: load Bottom and Top in the same dtype"
+                f"hidden_states are {given.dtype}, and {self.model_id!r} at {self.url}"
+                f" computes in {self.hidden_dtype}: load Bottom and Top in the same dtype"
             )
 
     # --- Its sessions ----------------------------------------------------------------------
@@ -312,16 +342,17 @@ class RemoteCache:
 
     def step(
         self,
-        hidden_states: torch.Tensor,
+        given: HiddenState,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-    ) -> torch.Tensor:
+    ) -> HiddenState:
         """Run a step, and count its positions; `RemoteTrunk.__call__` tells the rest."""
-        batch, new = hidden_states.shape[:2]
+        batch, new = given.shape[:2]
         if self._batch not in {None, batch}:
             raise ValueError(f"the cache has {self._batch} rows, found {batch}")
         mask = self._whole_mask(attention_mask, batch, new)
-        tensors = [tensor_to_wire(TensorName.HIDDEN_STATES, hidden_states)]
+        tensors = [tensor_to_wire(TensorName.HIDDEN_STATES, given.tensor)]
+        tensors += [v.to_wire(given.side[v.name]) for v in self.trunk.side_inputs]
         if mask is not None:
             columns = mask[:, self._length :]
             tensors.append(tensor_to_wire(TensorName.ATTENTION_MASK, columns))
@@ -329,8 +360,9 @@ class RemoteCache:
             tensors += self._positions(position_ids, batch, new, masked=mask is not None)
         answer = self._send(tuple(tensors))
         result = tensor_from_wire(_result_of(answer, tensors[0]))
+        side = {v.name: v.from_wire(answer, batch, new) for v in self.trunk.side_outputs}
         self._length, self._batch, self._mask = self._length + new, batch, mask
-        return result
+        return HiddenState(result, side)
 
     def _send(self, tensors: tuple[WireTensor, ...]) -> Frame:
         """Run a step in the session, beginning it if there is none yet."""
@@ -393,15 +425,13 @@ class RemoteCache:
 
 
 class _OneWay(torch.autograd.Function):
-    """A forward that leaves the graph, and says so when somebody goes back through it."""
+    """Stands for a forward that left the graph, and says so when somebody goes back through it."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden_states: torch.Tensor, run: Callable[[torch.Tensor], torch.Tensor]
-    ) -> torch.Tensor:
-        """Run the step."""
-        del ctx
-        return run(hidden_states)
+    def forward(ctx: Any, result: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
+        """Let the result depend on what was given."""
+        del ctx, given
+        return result.view_as(result)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -411,6 +441,17 @@ class _OneWay(torch.autograd.Function):
             "gradients do not cross a RemoteTrunk: train what comes after it, or load the Trunk"
             " in this process"
         )
+
+
+def _wants_gradient(given: HiddenState) -> bool:
+    """Whether a gradient would have to go back through what was given."""
+    return any(tensor.requires_grad for tensor in (given.tensor, *given.side.values()))
+
+
+def _cut(result: torch.Tensor, given: HiddenState) -> torch.Tensor:
+    """Return the result, from which there is no way back to what was given."""
+    cut: torch.Tensor = _OneWay.apply(result, given.tensor, *given.side.values())  # type: ignore[no-untyped-call]
+    return cut
 
 
 def _check_not_packed(position_ids: torch.Tensor | None) -> None:

@@ -75,14 +75,24 @@ def check_dtype(dtype: str | None) -> str | None:
 
 
 def check_model(
-    model: str, points: Iterable[int] | None, *, model_type: str, allow_empty: bool
+    model: str,
+    points: Iterable[int] | None,
+    *,
+    model_type: str,
+    allow_empty: bool,
+    allow_uncertified: bool,
 ) -> None:
     """Check what `config.json` alone tells, before torch is imported.
+
+    Where uncertified architectures are let in, nothing is checked here: what such a config means
+    is found out with torch.
 
     Raises:
         SplitLearnError: There is no such model, or it is not of a kind that can be split.
         ValueError: It has not so many layers, or is of another `model_type`.
     """
+    if allow_uncertified:
+        return
     if model_type != AUTO:
         family_of(model_type)
     if not (model.startswith(BUILTIN_PREFIX) or Path(model).expanduser().exists()):
@@ -114,5 +124,12 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 CacheDir = Annotated[Path | None, typer.Option(help="Where files from the hub are kept.")]
 AllowEmpty = Annotated[
     bool, typer.Option("--allow-empty", help="Bottom or Top may have no layers.")
+]
+AllowUncertified = Annotated[
+    bool,
+    typer.Option(
+        "--allow-uncertified",
+        help="Let in an architecture that was not certified, as its forward shows it to be built.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -12,6 +12,7 @@ from splitlearn_manager.commands.errors import told_in_one_line
 from splitlearn_manager.commands.options import (
     AUTO,
     AllowEmpty,
+    AllowUncertified,
     AsJson,
     CacheDir,
     DType,
@@ -46,6 +47,7 @@ def plan(
     revision: Revision = None,
     cache_dir: CacheDir = None,
     allow_empty: AllowEmpty = False,
+    allow_uncertified: AllowUncertified = False,
     as_json: AsJson = False,
 ) -> None:
     """Say what each part of a split needs: bytes on disk, to fetch, in memory, on the wire.
@@ -56,7 +58,13 @@ def plan(
         points = parse_points(split_points)
         dtype = check_dtype(dtype)
         limit = None if memory is None else _memory(memory)
-        check_model(model, points, model_type=model_type, allow_empty=allow_empty)
+        check_model(
+            model,
+            points,
+            model_type=model_type,
+            allow_empty=allow_empty,
+            allow_uncertified=allow_uncertified,
+        )
 
         from splitlearn_core.report import report_plan  # noqa: PLC0415 - needs torch
 
@@ -70,6 +78,7 @@ def plan(
                 device_map=device_map,
                 memory=limit,
                 allow_empty=allow_empty,
+                allow_uncertified=allow_uncertified,
                 cache_dir=cache_dir,
                 revision=revision,
             )
@@ -105,6 +114,7 @@ def describe(report: PlanReport) -> str:
             table(rows, left=3),
             "",
             *map(_crossing, report.cuts),
+            *(_warning(cut, *told) for cut in report.cuts for told in cut.reveals.items()),
             "",
             f"this machine has {format_bytes(report.host_bytes)} of memory, {free} of it free now",
             report.advice,
@@ -134,5 +144,15 @@ def _row(part: PartReport) -> tuple[str, ...]:
 
 def _crossing(cut: CutReport) -> str:
     """Return what goes over the wire at a cut."""
-    size = format_bytes(cut.bytes_per_token)
-    return f"{cut.before} -> {cut.after}: {', '.join(cut.crosses)}, {size} for each token"
+    return f"{cut.before} -> {cut.after}: {', '.join(cut.crosses)}, {_size(cut)} for each token"
+
+
+def _size(cut: CutReport) -> str:
+    """Return how much goes over the wire."""
+    size = cut.bytes_per_token
+    return "an unknown number of bytes" if size is None else format_bytes(size)
+
+
+def _warning(cut: CutReport, name: str, reveals: str) -> str:
+    """Return what a value tells whoever gets it."""
+    return f"warning: {name} ({cut.before} -> {cut.after}) reveals {reveals}"

@@ -14,6 +14,7 @@ from splitlearn_manager.commands.errors import told_in_one_line
 from splitlearn_manager.commands.options import (
     AUTO,
     AllowEmpty,
+    AllowUncertified,
     AsJson,
     CacheDir,
     DType,
@@ -46,6 +47,7 @@ def split(
     revision: Revision = None,
     cache_dir: CacheDir = None,
     allow_empty: AllowEmpty = False,
+    allow_uncertified: AllowUncertified = False,
     as_json: AsJson = False,
 ) -> None:
     """Write each part as a folder that needs the original no more: OUT/bottom, OUT/trunk, OUT/top.
@@ -56,7 +58,13 @@ def split(
     with told_in_one_line():
         points = parse_points(split_points)
         dtype = check_dtype(dtype)
-        check_model(model, points, model_type=model_type, allow_empty=allow_empty)
+        check_model(
+            model,
+            points,
+            model_type=model_type,
+            allow_empty=allow_empty,
+            allow_uncertified=allow_uncertified,
+        )
 
         from splitlearn_core.split_checkpoint import split_checkpoint  # noqa: PLC0415 - needs torch
 
@@ -70,6 +78,7 @@ def split(
                 cache_dir=cache_dir,
                 revision=revision,
                 allow_empty=allow_empty,
+                allow_uncertified=allow_uncertified,
                 force=force,
                 progress=lambda done, total: _move(bar, done, total),
             )

@@ -13,6 +13,7 @@ from splitlearn_manager.commands.errors import FAILED, told_in_one_line
 from splitlearn_manager.commands.options import (
     AUTO,
     AllowEmpty,
+    AllowUncertified,
     AsJson,
     CacheDir,
     DType,
@@ -53,6 +54,7 @@ def verify(
     revision: Revision = None,
     cache_dir: CacheDir = None,
     allow_empty: AllowEmpty = False,
+    allow_uncertified: AllowUncertified = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare the parts of a model with the unsplit model on random input.
@@ -63,7 +65,13 @@ def verify(
     with told_in_one_line():
         points = parse_points(split_points or ()) if split_points or parts is None else None
         dtype = check_dtype(dtype)
-        check_model(model, points, model_type=model_type, allow_empty=allow_empty)
+        check_model(
+            model,
+            points,
+            model_type=model_type,
+            allow_empty=allow_empty,
+            allow_uncertified=allow_uncertified,
+        )
 
         from splitlearn_core.verify import verify as run  # noqa: PLC0415 - needs torch
 
@@ -81,6 +89,7 @@ def verify(
             cache_dir=cache_dir,
             revision=revision,
             allow_empty=allow_empty,
+            allow_uncertified=allow_uncertified,
         )
     typer.echo(json.dumps(report.to_dict()) if as_json else describe(report))
     if not report.passed:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field
 
@@ -26,6 +26,9 @@ HUGGINGFACE = "huggingface"
 PIPELINE = "pipeline"
 MODEL_TYPES = (AUTO, PYTORCH, HUGGINGFACE, PIPELINE, *KNOWN_TYPES)
 """What `model_type` may be: four ways to find out, and the architectures by name."""
+
+_NOT_OF_THE_LOAD = ("ttl", "pinned", "preload", "reload")
+"""What may change without loading a model again."""
 
 _SUFFIXES = (".pt", ".pth", ".bin")
 
@@ -55,6 +58,8 @@ class ModelConfig:
         ttl: Seconds without a use after which it is unloaded; `None` keeps it.
         pinned: Never unload it to make room for others; excludes `ttl`.
         preload: Load it when the daemon starts; otherwise only when somebody asks for it.
+        reload: What a daemon does first when it must load it again: `load_first` (no gap, but both
+            must fit) or `unload_first`.
 
     Raises:
         ConfigError: A value is of the wrong type or form, or a key is not known.
@@ -70,6 +75,7 @@ class ModelConfig:
     ttl: Seconds | None = None
     pinned: bool = False
     preload: bool = True
+    reload: Literal["load_first", "unload_first"] = "load_first"
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> Self:
@@ -147,6 +153,11 @@ class ModelConfig:
             message = "is needed: split_points alone don't say which part of a huggingface model"
             raise ConfigError(Problem(message, ("config", "component")))
         _ = self.options
+
+    def loads_like(self, other: ModelConfig) -> bool:
+        """Whether loading either gives the same: they differ in what is done with it, if at all."""
+        kept = {name: getattr(other, name) for name in _NOT_OF_THE_LOAD}
+        return replace(self, **kept) == other
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as plain values, which `from_dict` takes."""

@@ -96,6 +96,8 @@ class PartOptions:
         revision: Branch, tag or commit of a hub name.
         mmap: Map weights that need no change, instead of reading them into private memory.
         allow_empty: Let a Bottom or a Top have no layers of its own.
+        allow_uncertified: Let in an architecture that was not certified, as its own forward shows
+            it to be built.
         verbose: Log what was loaded at INFO instead of DEBUG.
     """
 
@@ -106,6 +108,7 @@ class PartOptions:
     revision: Text | None = None
     mmap: bool = True
     allow_empty: bool = False
+    allow_uncertified: bool = False
     verbose: bool = False
 
     def __post_init__(self) -> None:
@@ -138,6 +141,7 @@ class PipelineOptions:
         revision: As for a part.
         mmap: As for a part.
         allow_empty: As for a part.
+        allow_uncertified: As for a part.
         verbose: As for a part.
     """
 
@@ -152,6 +156,7 @@ class PipelineOptions:
     revision: Text | None = None
     mmap: bool = True
     allow_empty: bool = False
+    allow_uncertified: bool = False
     verbose: bool = False
 
     def __post_init__(self) -> None:

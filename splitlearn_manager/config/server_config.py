@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field
 
@@ -32,6 +32,7 @@ class ServerConfig:
         session_idle_timeout: Seconds after which a session without a step is closed.
         max_frame_bytes: Longest message that is read from a client.
         log_level: `debug`, `info`, `warning`, `error` or `critical`.
+        log_format: `text` for people, `json` for one object per line.
         token_file: File with the bearer token that clients must send.
         token_env: Environment variable with that token; don't begin its name with
             `SPLITLEARN_SERVER_`, which is for the settings themselves.
@@ -46,6 +47,7 @@ class ServerConfig:
     session_idle_timeout: Seconds = 300.0
     max_frame_bytes: Annotated[ByteCount, Field(ge=1024)] = 64 << 20
     log_level: LogLevel = "info"
+    log_format: Literal["text", "json"] = "text"
     token_file: PathText | None = None
     token_env: Text | None = None
     threads: Annotated[int, Field(ge=1, le=1024)] = 1

@@ -37,6 +37,9 @@ class Admission:
         lock: The manager's, held for each look and the decision that follows.
         evictor: Who makes room; asked only after nothing else is being given back.
         patience: Seconds for which a load waits for what is being given back.
+
+    Attributes:
+        patience: The same, for loads that begin to wait from now on.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class Admission:
         self._resources = resources
         self._lock = lock
         self._evictor = evictor
-        self._patience = patience
+        self.patience = patience
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def reserve(self, model_id: str, nbytes: int, device: str, memory: Memory) -> Reservation:
@@ -78,7 +81,8 @@ class Admission:
         self, model_id: str, nbytes: int, device: str, memory: Memory, changed: asyncio.Event
     ) -> Reservation:
         """Try, and try again whenever something was given back."""
-        deadline = asyncio.get_running_loop().time() + self._patience
+        patience = self.patience
+        deadline = asyncio.get_running_loop().time() + patience
         while True:
             changed.clear()
             async with self._lock:
@@ -93,7 +97,7 @@ class Admission:
                     await changed.wait()
             except TimeoutError:
                 raise InsufficientResourcesError(
-                    f"{refused}; waited {self._patience:g} s for what is being given back"
+                    f"{refused}; waited {patience:g} s for what is being given back"
                 ) from None
             memory = await asyncio.to_thread(self._resources.memory, device)
 

@@ -53,7 +53,8 @@ if TYPE_CHECKING:
 
     from splitlearn_manager.config.model_config import ModelConfig
     from splitlearn_manager.core.entries import Entry
-    from splitlearn_manager.core.events import Event, TransitionObserver
+    from splitlearn_manager.core.event_bus import Subscription
+    from splitlearn_manager.core.events import Event, FailedReloadObserver, TransitionObserver
     from splitlearn_manager.core.model_info import ModelInfo
     from splitlearn_manager.core.model_loader import Loader
 
@@ -102,6 +103,7 @@ class AsyncModelManager:
     Attributes:
         models: The table: one entry for each model.  To be changed by the manager alone.
         on_transition: Called with every `TransitionEvent`, in order; the first one logs it.
+        on_failed_reload: Likewise, with every `ReloadFailedEvent`.
 
     Making a manager imports torch and sets its threads, once, before any of them runs; with
     `single_threaded=False` and no `num_threads` it does neither.  It also has the C library give
@@ -135,21 +137,21 @@ class AsyncModelManager:
         self._owners = Owners()
         self._unloads = Unloads(self._table, self._owners, unload_grace)
         self._idle = IdleModels(self._table, self._unloads, evicts=eviction)
-        self._loads = self._make_loads(load_policy or LoadPolicy(), memory_patience)
+        self._admission = Admission(self.resource_manager, self.lock, self._idle, memory_patience)
+        self._loads = self._make_loads(load_policy or LoadPolicy())
+        self._takes_loads = True
         self._closing: asyncio.Task[None] | None = None
 
-    def _make_loads(self, policy: LoadPolicy, memory_patience: float) -> Loads:
+    def _make_loads(self, policy: LoadPolicy) -> Loads:
         """Return the loads, with their way to memory."""
-        resources, lock = self.resource_manager, self.lock
-        admission = Admission(resources, lock, self._idle, memory_patience)
         return Loads(
             self._table,
-            lock,
+            self.lock,
             self._owners,
             self.executor,
             self.loader,
-            resources,
-            admission,
+            self.resource_manager,
+            self._admission,
             policy,
             replaced=lambda old: self._unloads.start(old, "replaced by a reload", DRAIN_TIMEOUT),
             became_ready=self._idle.watch,
@@ -177,6 +179,11 @@ class AsyncModelManager:
     def on_transition(self) -> list[TransitionObserver]:
         """Called with every `TransitionEvent`, in order; the first one logs it."""
         return self._table.on_transition
+
+    @property
+    def on_failed_reload(self) -> list[FailedReloadObserver]:
+        """Called with every `ReloadFailedEvent`, in order; the first one logs it."""
+        return self._table.on_failed_reload
 
     # --- Loading ---------------------------------------------------------------------------
 
@@ -220,19 +227,27 @@ class AsyncModelManager:
                 `ModelAlreadyLoadedError` only where the configuration is another one, or the model
                 is being unloaded.
         """
+        placeholder = await self.start_ensure(config)
+        return True if placeholder is None else await _wait_for(placeholder)
+
+    async def start_ensure(self, config: ModelConfig) -> LoadingPlaceholder | None:
+        """Begin, or join, what `ensure_model` waits for; `None` where the model is ready.
+
+        Raises:
+            ManagerError: What `ensure_model` raises before it waits.
+        """
         config.validate()
         async with self.lock:
             self._refuse_if_closed()
             under_way = self._table.load_under_way(config.model_id)
             match self.models.get(config.model_id):
                 case AsyncManagedModel(status=ModelStatus.READY) as ready if ready.config == config:
-                    return True
+                    return None
                 case _ if under_way is not None and under_way.config == config:
-                    placeholder = under_way
+                    return under_way
                 case _:
                     self._refuse_if_taken(config.model_id)
-                    placeholder = self._begin(config, "a load was asked for")
-        return await _wait_for(placeholder)
+                    return self._begin(config, "a load was asked for")
 
     async def cancel_load(self, model_id: str, grace: float = 5.0) -> bool:
         """End the load, or the reload, of a model that is under way.
@@ -273,7 +288,7 @@ class AsyncModelManager:
 
     def _begin(self, config: ModelConfig, reason: str) -> LoadingPlaceholder:
         """Begin a load in a free place."""
-        self._refuse_if_closed()
+        self._refuse_loads_if_closed()
         self._refuse_if_full(config.model_id)
         return self._loads.start(config, reason)
 
@@ -323,17 +338,31 @@ class AsyncModelManager:
             ManagerError: What `load_model` raises.  With `load_first` the old model is as it was,
                 with `unload_first` it is gone.
         """
+        begun = await self.start_reload(config, policy)
+        return await _wait_for(await asyncio.shield(begun))
+
+    async def start_reload(
+        self, config: ModelConfig, policy: ReloadPolicy | str = ReloadPolicy.LOAD_FIRST
+    ) -> asyncio.Future[LoadingPlaceholder]:
+        """Begin what `reload_model` waits for.
+
+        Returns:
+            A future of the load, whose `outcome()` can be awaited; with `unload_first` it comes
+            when the old model is gone.
+
+        Raises:
+            ManagerError: What `reload_model` raises before anything has begun.
+        """
         config.validate()
         chosen = _check_policy(policy)
         async with self.lock:
-            begun = self._start_reload(config, chosen)
-        return await _wait_for(await asyncio.shield(begun))
+            return self._start_reload(config, chosen)
 
     def _start_reload(
         self, config: ModelConfig, policy: ReloadPolicy
     ) -> asyncio.Future[LoadingPlaceholder]:
         """Begin a reload; return its load, which comes later where the unload comes first."""
-        self._refuse_if_closed()
+        self._refuse_loads_if_closed()
         begun: asyncio.Future[LoadingPlaceholder] = asyncio.get_running_loop().create_future()
         match self._table.entry(config.model_id):
             case FailedEntry():
@@ -454,9 +483,21 @@ class AsyncModelManager:
         Ends when the manager is shut down.  A reader that is too slow gets an `EventsLostEvent`
         in place of what it missed; it never holds up the manager.
         """
-        with self._table.bus.subscribe() as events:
+        with self.subscribe() as events:
             async for event in events:
                 yield event
+
+    def subscribe(self) -> Subscription:
+        """Return a place in the stream of events, to be entered: what `events` reads from.
+
+            with manager.subscribe() as events:
+                async for event in events:
+                    ...
+
+        It has its own queue of bounded length, and waiting for its next event can be cancelled
+        without losing one.
+        """
+        return self._table.bus.subscribe()
 
     async def check_alive(self, seconds: float = 5.0) -> None:
         """Return if the manager can still decide things; health checks go through here.
@@ -466,6 +507,50 @@ class AsyncModelManager:
         """
         async with asyncio.timeout(seconds), self.lock:
             pass
+
+    # --- Changing --------------------------------------------------------------------------
+
+    async def adopt_config(self, config: ModelConfig) -> None:
+        """Let a model go on with a configuration that it need not be loaded again for.
+
+        It may differ in what `ModelConfig.loads_like` leaves out: time to live, pinned, ….
+
+        Raises:
+            ModelNotFoundError: (a `KeyError`) There is no such model.
+            ValueError: It differs in more than that; `reload_model` is for this.
+        """
+        async with self.lock:
+            entry = self._table.entry(config.model_id)
+            if not config.loads_like(entry.config):
+                raise ValueError(f"model {config.model_id!r} must be loaded again for that")
+            entry.config = config
+            successor = self._table.successors.get(config.model_id)
+            if successor is not None and config.loads_like(successor.config):
+                successor.config = config
+            if isinstance(entry, AsyncManagedModel) and entry.status is ModelStatus.READY:
+                self._idle.watch(entry)
+
+    def set_limits(
+        self,
+        *,
+        max_models: int,
+        memory_limit: int | None,
+        eviction: bool,
+        load_policy: LoadPolicy,
+        memory_patience: float,
+    ) -> None:
+        """Change limits, as the arguments of the manager have them, from the next load on.
+
+        Nothing that is loaded or being loaded has to go: what is above a lower limit stays until it
+        is unloaded, and keeps others out.
+        """
+        if max_models < 1:
+            raise ValueError(f"max_models must be at least 1, found {max_models}")
+        self.max_models = max_models
+        self._idle.evicts = eviction
+        self._loads.policy = load_policy
+        self._admission.patience = memory_patience
+        self.resource_manager.set_memory_limit(memory_limit)
 
     # --- Unloading -------------------------------------------------------------------------
 
@@ -491,6 +576,25 @@ class AsyncModelManager:
             ModelLoadingError: (a `ValueError`) It is being loaded or reloaded: `cancel_load`.
             ValueError: `drain_timeout` is negative or not a number.
         """
+        going = await self.start_unload(model_id, drain_timeout)
+        if going is None:
+            return True
+        await going.gone()
+        return going.unreturned_bytes == 0
+
+    async def start_unload(
+        self, model_id: str, drain_timeout: float | None = None
+    ) -> AsyncManagedModel | None:
+        """Begin, or join, what `unload_model` waits for.
+
+        Returns:
+            The model that goes, whose `gone()` can be awaited; `None` for an entry that failed,
+            which is removed by now.
+
+        Raises:
+            ManagerError: What `unload_model` raises.
+            ValueError: Likewise.
+        """
         seconds = check_timeout(drain_timeout)
         async with self.lock:
             entry = self._table.entry(model_id)
@@ -498,13 +602,26 @@ class AsyncModelManager:
                 raise ModelLoadingError(f"model {model_id!r} is being loaded; cancel that first")
             if isinstance(entry, FailedEntry):
                 self._table.move(entry, ABSENT, "an unload was asked for")
-                return True
+                return None
             if entry.status is ModelStatus.READY:
                 self._refuse_if_reloading(model_id)
                 self._unloads.start(entry, "an unload was asked for", seconds)
-        return await self._unloads.wait(entry, seconds)
+            elif entry.drain is not None:
+                entry.drain.shorten(seconds)
+            return entry
 
     # --- Shutting down ---------------------------------------------------------------------
+
+    async def stop_loading(self) -> None:
+        """Take no more loads, and ask those under way to end; what is loaded goes on serving.
+
+        The first step of a shutdown that lets what is in flight end before models go.
+        """
+        async with self.lock:
+            self._takes_loads = False
+            for entry in self._table.everything():
+                if isinstance(entry, LoadingPlaceholder):
+                    self._dismiss(entry, None)
 
     async def shutdown(self, drain_timeout: float | None = None) -> None:
         """End it all: refuse new work, ask running loads to stop, unload everything.
@@ -552,6 +669,12 @@ class AsyncModelManager:
         """Raise if the manager shuts down, or has."""
         if self._closing is not None:
             raise ManagerClosedError("the manager is shut down, and takes no more work")
+
+    def _refuse_loads_if_closed(self) -> None:
+        """Raise if the manager takes no more loads."""
+        self._refuse_if_closed()
+        if not self._takes_loads:
+            raise ManagerClosedError("the manager is shutting down, and takes no more loads")
 
 
 def _configure_threads(single_threaded: bool, num_threads: int | None) -> None:

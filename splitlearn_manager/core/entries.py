@@ -56,6 +56,7 @@ class LoadingPlaceholder:
         remains: Done when nothing of an attempt that failed is left: its thread is out of it, and
             its memory given back; `None` while there was none.
         owner: The task that settles it.
+        predicted_bytes: What it was estimated to take once it is loaded; 0 while not known.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class LoadingPlaceholder:
         self.work: Future[Any] | None = None
         self.remains: Future[None] | None = None
         self.owner: asyncio.Task[None] | None = None
+        self.predicted_bytes = 0
         self._outcome: AsyncManagedModel | FailedEntry | None = None
         self._settled = asyncio.Event()
 
@@ -92,6 +94,10 @@ class LoadingPlaceholder:
             await self._settled.wait()
         return self._outcome
 
+    def times(self) -> tuple[float, float]:
+        """Return the seconds since it was asked for, and how many of them it waited."""
+        return time.monotonic() - self.since, self.progress.waited_s
+
     def cancellation(self) -> Exception:
         """Return why a load ended whose task was cancelled."""
         return self.progress.stopped or LoadCancelledError("the load was cancelled")
@@ -105,6 +111,7 @@ class LoadingPlaceholder:
             device=self.config.device,
             dtype=self.config.dtype,
             reserved_bytes=_held(self.reservation),
+            predicted_bytes=self.predicted_bytes,
             generation=self.generation,
             pinned=self.config.pinned,
             **self.motion(),
@@ -146,6 +153,8 @@ class AsyncManagedModel:
             people see may be set back.
         on_idle: Called when the last lease on it has ended.
         evicted: Whether it goes to make room, so that it no longer counts.
+        predicted_bytes: What it was estimated to take.
+        load_times: Seconds that its load took, and how many of them it waited.
     """
 
     def __init__(
@@ -158,6 +167,8 @@ class AsyncManagedModel:
         reservation: Reservation | None = None,
         resident_bytes: int = 0,
         operation_id: str = "",
+        predicted_bytes: int = 0,
+        load_times: tuple[float, float] | None = None,
     ) -> None:
         self.model_id = model_id
         self.config = config
@@ -167,6 +178,8 @@ class AsyncManagedModel:
         self.since = time.monotonic()
         self.reservation = reservation
         self.resident_bytes = resident_bytes
+        self.predicted_bytes = predicted_bytes
+        self.load_times = load_times
         self.loaded_at = time.time()
         self.last_used: float | None = None
         self.idle_since = self.since
@@ -352,6 +365,7 @@ class AsyncManagedModel:
             request_count=self.request_count,
             in_flight=self.in_flight,
             bytes_total=self.resident_bytes,
+            predicted_bytes=self.predicted_bytes,
             bytes_done=self.resident_bytes,
             reserved_bytes=_held(self.reservation),
             resident_bytes=self.resident_bytes,
@@ -380,6 +394,7 @@ class FailedEntry:
         failed_at: When, in seconds since the epoch.
         retry_at: When loading it again may help, likewise; `None` if that never will.
         reservation: What the load had, until its thread has really ended.
+        load_times: Seconds until it failed, and how many of them it waited.
     """
 
     def __init__(
@@ -400,6 +415,7 @@ class FailedEntry:
         self.code = failure_code(cause)
         self.operation_id = placeholder.operation_id
         self.reservation = placeholder.reservation
+        self.load_times = placeholder.times()
 
     def error(self) -> ModelFailedError:
         """Return what somebody who wants the model is told."""

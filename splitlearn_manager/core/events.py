@@ -30,6 +30,8 @@ class TransitionEvent:
         operation_id: The load, reload or unload that this is a step of.
         code: A word for programs, where it is a failure or an eviction: `fetch_failed`, `evicted`.
         unreturned_bytes: At the end of an unload, what of its memory is not back.
+        load_s: At the end of a load or reload, the seconds since it was asked for.
+        queued_s: Likewise, how many of them it was queued or waited for memory.
     """
 
     model_id: str
@@ -42,6 +44,8 @@ class TransitionEvent:
     operation_id: str = ""
     code: str = ""
     unreturned_bytes: int = 0
+    load_s: float | None = None
+    queued_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,9 @@ Event = TransitionEvent | ProgressEvent | ReloadFailedEvent | EventsLostEvent
 
 TransitionObserver = Callable[[TransitionEvent], None]
 """Called on the event loop's thread, right after the move; must not block."""
+
+FailedReloadObserver = Callable[[ReloadFailedEvent], None]
+"""Likewise, when a reload has failed."""
 
 
 def log_transition(event: TransitionEvent) -> None:

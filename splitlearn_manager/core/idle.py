@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextvars import Context
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,9 @@ class IdleModels:
         unloads: Who unloads them.
         evicts: Whether models may be evicted at all.
         clock: Seconds, as `idle_since` has them.
+
+    Attributes:
+        evicts: Whether models may be evicted at all, from now on.
     """
 
     def __init__(
@@ -46,14 +50,14 @@ class IdleModels:
     ) -> None:
         self._table = table
         self._unloads = unloads
-        self._evicts = evicts
+        self.evicts = evicts
         self._clock = clock
 
     # --- Eviction --------------------------------------------------------------------------
 
     def evict_for(self, model_id: str, nbytes: int, device: str) -> bool:
         """Begin to unload idle models that hold so many bytes; return whether there are any."""
-        if not self._evicts:
+        if not self.evicts:
             return False
         pool = pool_of(device)
         candidates = (
@@ -65,7 +69,7 @@ class IdleModels:
 
     def evict_places(self, model_id: str, count: int) -> bool:
         """Begin to unload so many idle models; return whether there are as many."""
-        if not self._evicts:
+        if not self.evicts:
             return False
         candidates = (
             Candidate(m.model_id, _held(m), m.idle_since)
@@ -101,7 +105,12 @@ class IdleModels:
     # --- Time to live ----------------------------------------------------------------------
 
     def watch(self, managed: AsyncManagedModel) -> None:
-        """Unload a model that has become ready when nobody has used it for its time to live."""
+        """Unload a model that is ready when nobody has used it for its time to live.
+
+        Called again where the time to live is another one.
+        """
+        managed.stop_timer()
+        managed.on_idle = None
         if managed.config.ttl is not None:
             managed.on_idle = partial(self._rest, managed)
             self._rest(managed)
@@ -120,7 +129,8 @@ class IdleModels:
         """Look at a model after so many seconds, and not before."""
         managed.stop_timer()
         loop = asyncio.get_running_loop()
-        managed.timer = loop.call_later(seconds, self._look, managed)
+        # in a context of its own: what comes of it is no part of the request that has just ended
+        managed.timer = loop.call_later(seconds, self._look, managed, context=Context())
 
     def _look(self, managed: AsyncManagedModel) -> None:
         """Unload a model whose time is up; one in use is looked at again when it is idle."""

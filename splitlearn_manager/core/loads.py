@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Thread
@@ -26,7 +27,7 @@ from splitlearn_manager.core.disposal import (
     weak_reference,
 )
 from splitlearn_manager.core.entries import AsyncManagedModel, FailedEntry
-from splitlearn_manager.core.events import ProgressEvent, ReloadFailedEvent, log_failed_reload
+from splitlearn_manager.core.events import ProgressEvent, ReloadFailedEvent
 from splitlearn_manager.core.failures import describe
 from splitlearn_manager.core.model_loader import LoadedModel, contained, run_load
 from splitlearn_manager.core.retry import RetryPolicy, may_heal
@@ -90,6 +91,9 @@ class Loads:
         policy: How patient they are.
         replaced: Called with a model that a reload has replaced, to drain it.
         became_ready: Called with every model that has become ready.
+
+    Attributes:
+        policy: How patient loads are from now on; those under way keep their deadlines.
     """
 
     def __init__(
@@ -112,7 +116,7 @@ class Loads:
         self._loader = loader
         self._resources = resources
         self._gate = gate
-        self._policy = policy
+        self.policy = policy
         self._replaced = replaced
         self._became_ready = became_ready
 
@@ -183,7 +187,7 @@ class Loads:
                 return await self._attempt(placeholder)
             except Exception as error:
                 failures += 1
-                delay = self._policy.retry.delay(failures, error)
+                delay = self.policy.retry.delay(failures, error)
                 if delay is None or placeholder.progress.stopped is not None:
                     raise
                 _give_back(placeholder)
@@ -194,7 +198,7 @@ class Loads:
                     delay,
                 )
             placeholder.progress.enter(LoadPhase.QUEUED)
-            await self._policy.sleep(delay)
+            await self.policy.sleep(delay)
 
     async def _attempt(self, placeholder: LoadingPlaceholder) -> tuple[LoadedModel, MemoryEstimate]:
         """Appraise, reserve, load."""
@@ -202,6 +206,7 @@ class Loads:
         estimate, memory = await self._work(placeholder, self._appraise, config)
         progress.enter(LoadPhase.WAITING_FOR_MEMORY)
         progress(0, estimate.steady_bytes)
+        placeholder.predicted_bytes = estimate.steady_bytes
         placeholder.reservation = await self._gate.reserve(
             placeholder.model_id, estimate.peak_bytes, config.device, memory
         )
@@ -226,11 +231,12 @@ class Loads:
         Raises:
             LoadTimeoutError: It does not move, or takes too long.
         """
-        future = self._executor.submit(fn, *args)
+        # in this task's context, so that logs of the thread have the id of the request behind it
+        future: Future[T] = self._executor.submit(copy_context().run, fn, *args)
         placeholder.work = future
         result = asyncio.wrap_future(future)
         result.add_done_callback(_look_at)
-        clock = LoadClock(self._policy.deadlines, time.monotonic())
+        clock = LoadClock(self.policy.deadlines, time.monotonic())
         while not result.done():
             await asyncio.wait({result}, timeout=TICK)
             if not result.done():
@@ -274,6 +280,8 @@ class Loads:
                 reservation=placeholder.reservation,
                 resident_bytes=loaded.resident_bytes or 0,
                 operation_id=placeholder.operation_id,
+                predicted_bytes=placeholder.predicted_bytes,
+                load_times=placeholder.times(),
             )
             _settle_reservation(placeholder, loaded, estimate)
             self._put(placeholder, managed)
@@ -299,7 +307,7 @@ class Loads:
         cause = error if isinstance(error, Exception) else placeholder.cancellation()
         placeholder.progress.stop(LoadCancelledError("the load was given up before it ended"))
         current = self._is_current(placeholder)
-        retry = self._policy.retry
+        retry = self.policy.retry
         pause = retry.pause(retry.attempts) if may_heal(cause) else None
         failed = FailedEntry(placeholder, cause, pause)
         _give_back(placeholder)
@@ -320,8 +328,7 @@ class Loads:
             failed.code,
             failed.failed_at,
         )
-        log_failed_reload(event)
-        self._table.bus.publish(event)
+        self._table.reload_failed(event)
 
     def _is_current(self, placeholder: LoadingPlaceholder) -> bool:
         """Whether the place in the table is still the one that this load took."""

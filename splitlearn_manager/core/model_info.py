@@ -40,6 +40,7 @@ class ModelInfo:
         failed_at: When it failed, in seconds since the epoch.
         retry_at: When loading it again may help, with nothing changed; `None` if that never will.
         pinned: Whether it is never unloaded to make room, or because nobody uses it.
+        predicted_bytes: What its weights were estimated to take; 0 while not known.
     """
 
     model_id: str
@@ -67,3 +68,4 @@ class ModelInfo:
     failed_at: float | None = field(default=None, compare=False)
     retry_at: float | None = field(default=None, compare=False)
     pinned: bool = False
+    predicted_bytes: int = field(default=0, compare=False)

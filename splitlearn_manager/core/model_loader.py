@@ -114,23 +114,43 @@ def _arguments(config: ModelConfig) -> dict[str, Any]:
         "revision": part.revision,
         "allow_empty": part.allow_empty,
         "mmap": part.mmap,
+        "allow_uncertified": part.allow_uncertified,
     }
 
 
 def warm_up(model: Any) -> None:
     """Run one forward with an input that fits the part; what it raises is the caller's.
 
-    A Trunk or Top gets a hidden state, `[1, 8, hidden]` zeros of its own dtype; whatever else it
-    is gets token ids, `[1, 8]` zeros (int64).
+    A Trunk or Top gets a hidden state, `[1, 8, hidden]` zeros of its own dtype, with zeros for what
+    must go with it; whatever else it is gets token ids, `[1, 8]` zeros (int64).
     """
     import torch  # noqa: PLC0415 - the model has imported it
 
-    positions = min(WARM_UP_POSITIONS, model.max_positions or WARM_UP_POSITIONS)
-    takes_hidden = model.component.startswith((TRUNK, TOP))
-    shape = (1, positions, model.hidden_size) if takes_hidden else (1, positions)
-    dtype = model.dtype if takes_hidden else torch.long
     with torch.no_grad():
-        model(torch.zeros(shape, dtype=dtype, device=model.device))
+        model(_example(model))
+
+
+def _example(model: Any) -> Any:
+    """Return the input that warms a part up."""
+    import torch  # noqa: PLC0415 - the model has imported it
+
+    from splitlearn_core.hidden_state import HiddenState  # noqa: PLC0415 - imports torch
+
+    shape = (1, min(WARM_UP_POSITIONS, model.max_positions or WARM_UP_POSITIONS))
+    if not model.component.startswith((TRUNK, TOP)):
+        return torch.zeros(shape, dtype=torch.long, device=model.device)
+    side = {
+        value.name: torch.zeros(
+            (*shape, *(size.most or 1 if size.exact else 1 for size in value.sizes)),
+            dtype=getattr(torch, value.dtype),
+            device=model.device,
+        )
+        for value in model.side_inputs
+    }
+    hidden = torch.zeros(
+        (*shape, *model.hidden_shape), dtype=model.hidden_dtype, device=model.device
+    )
+    return HiddenState(hidden, side).handed_on
 
 
 class LoadedModel:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 
 from splitlearn_manager.core.states import LoadPhase
+
+_WAITING = frozenset({LoadPhase.QUEUED, LoadPhase.WAITING_FOR_MEMORY})
 
 
 class LoadProgress:
@@ -30,6 +33,8 @@ class LoadProgress:
         self.bytes_done = 0
         self.bytes_total = 0
         self.stopped: Exception | None = None
+        self._entered = time.monotonic()
+        self._waited = 0.0
 
     def __call__(self, bytes_done: int, bytes_total: int) -> None:
         """Report bytes; from the loading thread.
@@ -47,8 +52,15 @@ class LoadProgress:
         Raises:
             Exception: What `stop` was given.
         """
+        self._waited, self._entered = self.waited_s, time.monotonic()
         self.phase = phase
         self.check()
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that the load was queued, or waited for memory, so far."""
+        waits = self.phase in _WAITING
+        return self._waited + (time.monotonic() - self._entered if waits else 0.0)
 
     def check(self) -> None:
         """Raise what `stop` was given, if it was called."""

@@ -122,6 +122,13 @@ class ResourceManager:
             self._capacities[pool] = int(self.memory(pool).total * share)
         return self._capacities[pool]
 
+    def set_memory_limit(self, memory_limit: int | None) -> None:
+        """Change what models on the CPU may have; what is reserved above it stays so for now."""
+        if memory_limit is not None and memory_limit < 0:
+            raise ValueError(f"memory_limit must not be negative, found {memory_limit}")
+        self.memory_limit = memory_limit
+        self._changed()
+
     def memory(self, device: str = HOST) -> Memory:
         """Return what a device has, and what of it is available now."""
         pool = pool_of(device)

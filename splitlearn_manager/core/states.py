@@ -71,6 +71,10 @@ TRANSITIONS: Mapping[State, frozenset[State]] = MappingProxyType(
 """From each state, the states that may follow it."""
 
 
+LOAD_ENDS = frozenset({ModelStatus.READY, ModelStatus.FAILED})
+"""How a load ends."""
+
+
 def state_name(state: State) -> str:
     """Return the name of a state, `absent` included."""
     return "absent" if state is ABSENT else state.value

@@ -10,25 +10,31 @@ import itertools
 import logging
 import secrets
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from splitlearn_manager.core.entries import AsyncManagedModel, LoadingPlaceholder
 from splitlearn_manager.core.event_bus import EventBus
-from splitlearn_manager.core.events import TransitionEvent, log_transition
+from splitlearn_manager.core.events import TransitionEvent, log_failed_reload, log_transition
 from splitlearn_manager.core.failures import log_with_frames
-from splitlearn_manager.core.states import ABSENT, ModelStatus, transition
+from splitlearn_manager.core.states import ABSENT, LOAD_ENDS, ModelStatus, transition
 from splitlearn_manager.errors import ModelNotFoundError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from splitlearn_manager.config.model_config import ModelConfig
     from splitlearn_manager.core.entries import Entry
-    from splitlearn_manager.core.events import TransitionObserver
+    from splitlearn_manager.core.events import (
+        FailedReloadObserver,
+        ReloadFailedEvent,
+        TransitionObserver,
+    )
     from splitlearn_manager.core.model_info import ModelInfo
     from splitlearn_manager.core.states import State
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class ModelTable:
@@ -39,6 +45,7 @@ class ModelTable:
         successors: Loads under way that will replace the ready model of the same id.
         retiring: Models that were replaced, until they are drained.
         on_transition: Called with every `TransitionEvent`, in order; the first one logs it.
+        on_failed_reload: Likewise, with every `ReloadFailedEvent`.
         bus: Hands every event to whoever reads the stream.
     """
 
@@ -47,6 +54,7 @@ class ModelTable:
         self.successors: dict[str, LoadingPlaceholder] = {}
         self.retiring: set[AsyncManagedModel] = set()
         self.on_transition: list[TransitionObserver] = [log_transition]
+        self.on_failed_reload: list[FailedReloadObserver] = [log_failed_reload]
         self.bus = EventBus()
         self._generations = itertools.count(1)
 
@@ -116,6 +124,8 @@ class ModelTable:
         else:
             del self.models[entry.model_id]
         elapsed = 0.0 if since is None else now - since
+        times = None if isinstance(entry, LoadingPlaceholder) else entry.load_times
+        load_s, queued_s = times if times and to in LOAD_ENDS else (None, None)
         self._tell(
             TransitionEvent(
                 entry.model_id,
@@ -128,6 +138,8 @@ class ModelTable:
                 entry.operation_id,
                 code,
                 unreturned,
+                load_s,
+                queued_s,
             )
         )
 
@@ -140,14 +152,23 @@ class ModelTable:
         self.retiring.add(older)
         return older
 
-    def _tell(self, event: TransitionEvent) -> None:
-        """Tell every observer; one that fails does not stop the others, or the move."""
-        for observer in tuple(self.on_transition):
-            try:
-                observer(event)
-            except Exception:  # noqa: BLE001 - it is logged, as the docstring says
-                log_with_frames(logger, "an observer of transitions failed")
+    def reload_failed(self, event: ReloadFailedEvent) -> None:
+        """Tell that a reload failed: the model stays as it was."""
+        _tell_each(self.on_failed_reload, event)
         self.bus.publish(event)
+
+    def _tell(self, event: TransitionEvent) -> None:
+        _tell_each(self.on_transition, event)
+        self.bus.publish(event)
+
+
+def _tell_each(observers: Iterable[Callable[[T], None]], event: T) -> None:
+    """Tell every observer; one that fails does not stop the others, or what it is told of."""
+    for observer in tuple(observers):
+        try:
+            observer(event)
+        except Exception:  # noqa: BLE001 - it is logged, as the docstring says
+            log_with_frames(logger, "an observer of transitions failed")
 
 
 def new_operation_id() -> str:

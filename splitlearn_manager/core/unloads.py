@@ -73,18 +73,6 @@ class Unloads:
             self._unload(managed, managed.drain), f"unload of model {managed.model_id}"
         )
 
-    async def wait(self, managed: AsyncManagedModel, seconds: float | None) -> bool:
-        """Wait for the end of an unload; return whether all of the memory is back.
-
-        Args:
-            managed: What is being unloaded.
-            seconds: A deadline for its drain, which counts if it comes before the one it has.
-        """
-        if managed.drain is not None:
-            managed.drain.shorten(seconds)
-        await managed.gone()
-        return managed.unreturned_bytes == 0
-
     async def _unload(self, managed: AsyncManagedModel, drain: Drain) -> None:
         """Own an unload."""
         try:

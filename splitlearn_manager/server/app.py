@@ -11,13 +11,17 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 from starlette.routing import Route
 
+from splitlearn_manager.core.resources import pool_of
 from splitlearn_manager.errors import ManagerError
+from splitlearn_manager.server.event_stream import EventRoutes
+from splitlearn_manager.server.management import ManagementRoutes
 from splitlearn_manager.server.oip import OpenInferenceRoutes
 from splitlearn_manager.server.request_context import REQUEST_ID, RequestContextMiddleware
 from splitlearn_manager.server.responses import error_response, manager_error_response
 from splitlearn_manager.server.security import AccessPolicy, SecurityMiddleware
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Awaitable, Callable
 
     from starlette.requests import Request
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 
     from splitlearn_manager.core.async_model_manager import AsyncModelManager
     from splitlearn_manager.observability import Metrics
+    from splitlearn_manager.server.catalogue import Catalogue
     from splitlearn_manager.server.readiness import Readiness
     from splitlearn_manager.server.sessions_ws import SessionEndpoint
 
@@ -38,6 +43,9 @@ def build_app(
     sessions: SessionEndpoint,
     readiness: Readiness,
     metrics: Metrics,
+    catalogue: Catalogue,
+    management: bool,
+    stopping: asyncio.Event,
 ) -> Starlette:
     """Return the application, which any ASGI server can run.
 
@@ -47,10 +55,17 @@ def build_app(
         sessions: The endpoint of sessions.
         readiness: What the readiness probe is told.
         metrics: Where requests are counted, and what `/metrics` shows.
+        catalogue: The models that requests may name.
+        management: Whether requests may load and unload them.
+        stopping: Set when the daemon begins to shut down: whoever waits then waits no longer.
     """
+    extensions = ("model_repository(unload_dependents)",) if management else ()
+    managing = ManagementRoutes(manager, catalogue, enabled=management, stopping=stopping)
     app = Starlette(
         routes=[
-            *OpenInferenceRoutes(manager, readiness).routes(),
+            *OpenInferenceRoutes(manager, readiness, catalogue, extensions).routes(),
+            *managing.routes(),
+            *EventRoutes(manager, catalogue, stopping).routes(),
             *sessions.routes(),
             Route("/metrics", _metrics_route(manager, metrics), methods=["GET"]),
         ],
@@ -75,9 +90,11 @@ def _metrics_route(
     async def show(request: Request) -> Response:
         """Show the metrics, with states and memory as they are now."""
         del request
-        metrics.observe_models(await manager.list_models())
+        models = await manager.list_models()
+        metrics.observe_models(models)
         for device in manager.resource_manager.devices():
-            metrics.observe_memory(manager.resource_manager.get_current_usage(device))
+            used = sum(m.resident_bytes for m in models if pool_of(m.device) == device)
+            metrics.observe_memory(manager.resource_manager.get_current_usage(device), used)
         return Response(metrics.render(), media_type="text/plain; version=1.0.0; charset=utf-8")
 
     return show

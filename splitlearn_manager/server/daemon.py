@@ -3,8 +3,9 @@
 bind     take the port, so that a wrong address is found out before anything is loaded
 start    manager, sessions and HTTP; from here on probes are answered
 load     begin to load what the configuration names
-wait     until a signal, or `stop`
-drain    ready is 503; sessions end when their step in flight is answered
+wait     until a signal, or `stop`; SIGHUP reads the configuration again
+drain    ready is 503, live stays 200; streams of events end, loads are asked to; sessions end when
+         their step in flight is answered
 end      HTTP, then the manager and its models
 """
 
@@ -17,43 +18,53 @@ import sys
 import threading
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
+from splitlearn_manager.config.changes import compare, in_force
 from splitlearn_manager.core.async_model_manager import AsyncModelManager
 from splitlearn_manager.core.deadlines import LoadDeadlines
 from splitlearn_manager.core.loads import LoadPolicy
 from splitlearn_manager.core.resources import ResourceManager
 from splitlearn_manager.core.retry import RetryPolicy
-from splitlearn_manager.errors import ManagerError
+from splitlearn_manager.errors import ConfigError
 from splitlearn_manager.observability import Metrics, configure_logging
 from splitlearn_manager.server.app import build_app
+from splitlearn_manager.server.catalogue import Catalogue
+from splitlearn_manager.server.desired_models import DesiredModels
 from splitlearn_manager.server.http_server import HttpServer
 from splitlearn_manager.server.listener import listen, url_of
+from splitlearn_manager.server.loop_lag import watch_loop
 from splitlearn_manager.server.readiness import Readiness
 from splitlearn_manager.server.security import AccessPolicy
 from splitlearn_manager.server.sessions_ws import SessionEndpoint
+from splitlearn_manager.server.systemd import Notifier, keep_watchdog
 from splitlearn_manager.serving.sessions import SessionTable
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Coroutine, Iterator
     from types import FrameType
 
-    from splitlearn_manager.config import DaemonConfig, ModelConfig
+    from splitlearn_manager.config import DaemonConfig, ManagerLimits
+    from splitlearn_manager.config.changes import ConfigChanges
 
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def run(config: DaemonConfig) -> int:
+def run(config: DaemonConfig, reread: Callable[[], DaemonConfig] | None = None) -> int:
     """Run a daemon in this process until it is told to end, and return its exit code.
+
+    Args:
+        config: What it is told.
+        reread: Returns what it is told now; called in a thread when SIGHUP comes.
 
     Raises:
         ConfigError: The address or the token can't be had; nothing was started.
     """
-    configure_logging(config.server.log_level)
-    with Daemon(config) as daemon:
+    configure_logging(config.server.log_level, config.server.log_format)
+    with Daemon(config, reread=reread) as daemon:
         return daemon.run()
 
 
@@ -68,8 +79,12 @@ class Daemon:
         manager: Who has the models; made as the configuration says, unless one is given.  It is
             shut down at the end.
         announce: Says what whoever started the daemon waits for; prints it by default.
+        reread: Returns what it is told now, or raises a `ConfigError`; called in a thread when
+            SIGHUP comes.
+        notifier: Who tells systemd; made from the environment by default.
 
     Attributes:
+        config: What is in force.
         url: Its address, once the port is taken.
         metrics: What `/metrics` shows.
     """
@@ -80,6 +95,8 @@ class Daemon:
         *,
         manager: AsyncModelManager | None = None,
         announce: Callable[[str], None] | None = None,
+        reread: Callable[[], DaemonConfig] | None = None,
+        notifier: Notifier | None = None,
     ) -> None:
         self.config = config
         self.url = ""
@@ -88,7 +105,10 @@ class Daemon:
         self._manager = manager
         self._listener: socket.socket | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._reread = reread
+        self._notifier = Notifier() if notifier is None else notifier
         self._stop = asyncio.Event()
+        self._hang_up = asyncio.Event()
 
     def __enter__(self) -> Self:
         """Take the port."""
@@ -132,23 +152,32 @@ class Daemon:
             async with parts.manager, parts.table:
                 async with asyncio.TaskGroup() as tasks:
                     await self._start(parts, tasks, listener)
-                    loading = tasks.create_task(self._load(parts), name="loading models")
+                    helpers = [tasks.create_task(work) for work in self._helpers(parts)]
                     await self._stop.wait()
-                    loading.cancel()
                     timeout = self.config.server.drain_timeout
                     deadline = self._loop.time() + timeout - _reserve(timeout) / 2
                     clean = await self._drain(parts, deadline)
+                    for helper in helpers:
+                        helper.cancel()
                 await parts.manager.shutdown(max(0, deadline - self._loop.time()))
         logger.info("ended, %s", "all was answered" if clean else "not all was answered")
         return 0 if clean else 1
 
     def stop(self) -> None:
         """Ask the daemon to drain and end; from any thread, also before it runs."""
+        self._set(self._stop)
+
+    def reload(self) -> None:
+        """Ask the daemon to read its configuration again; from any thread."""
+        self._set(self._hang_up)
+
+    def _set(self, event: asyncio.Event) -> None:
+        """Set an event of the loop, from any thread."""
         if self._loop is None:
-            self._stop.set()
+            event.set()
         else:
             with suppress(RuntimeError):  # it has ended already
-                self._loop.call_soon_threadsafe(self._stop.set)
+                self._loop.call_soon_threadsafe(event.set)
 
     # --- Start -----------------------------------------------------------------------------
 
@@ -156,7 +185,10 @@ class Daemon:
         """Make what the daemon consists of; nothing runs yet."""
         server = self.config.server
         manager = self._manager or self._make_manager()
-        manager.on_transition.append(self.metrics.model_moved)
+        catalogue = Catalogue(self.config.models)
+        readiness = Readiness(manager, catalogue)
+        manager.on_transition.extend([self.metrics.model_moved, readiness.model_moved])
+        manager.on_failed_reload.append(self.metrics.reload_failed)
         table = SessionTable(
             manager,
             max_sessions=server.max_sessions,
@@ -164,16 +196,20 @@ class Daemon:
             metrics=self.metrics,
         )
         sessions = SessionEndpoint(manager, table, max_frame_bytes=server.max_frame_bytes)
-        readiness = Readiness(manager, [model.model_id for model in self.config.models])
+        stopping = asyncio.Event()
         app = build_app(
             manager,
             policy=AccessPolicy.of(server, port=listener.getsockname()[1]),
             sessions=sessions,
             readiness=readiness,
             metrics=self.metrics,
+            catalogue=catalogue,
+            management=server.management,
+            stopping=stopping,
         )
         http = HttpServer(app, max_frame_bytes=server.max_frame_bytes)
-        return _Parts(manager, table, sessions, readiness, http)
+        desired = DesiredModels(manager, catalogue, readiness)
+        return _Parts(manager, table, sessions, readiness, http, catalogue, desired, stopping)
 
     def _make_manager(self) -> AsyncModelManager:
         """Return a manager with the configured limits; this imports torch and sets its threads."""
@@ -185,10 +221,7 @@ class Daemon:
             single_threaded=False,
             num_threads=self.config.server.threads,
             eviction=limits.eviction,
-            load_policy=LoadPolicy(
-                LoadDeadlines(stall=limits.load_stall_timeout),
-                RetryPolicy(attempts=limits.load_attempts),
-            ),
+            load_policy=_load_policy(limits),
             memory_patience=limits.memory_wait,
         )
 
@@ -196,40 +229,97 @@ class Daemon:
         self, parts: _Parts, tasks: asyncio.TaskGroup, listener: socket.socket
     ) -> None:
         """Begin to answer."""
-        parts.readiness.starting = bool(self.config.models)
         tasks.create_task(parts.http.serve(sockets=[listener]), name="http")
         await parts.http.listening.wait()
+        self._notifier.ready(f"listening on {self.url}, loading models")
         self._announce(f"splitlearn: listening on {self.url}")
+
+    def _helpers(self, parts: _Parts) -> list[Coroutine[Any, Any, None]]:
+        """Return what runs beside the server until its end."""
+        return [
+            self._load(parts),
+            self._follow_file(parts),
+            keep_watchdog(self._notifier, parts.manager.check_alive),
+            watch_loop(self.metrics.loop_lag),
+        ]
 
     async def _load(self, parts: _Parts) -> None:
         """Load what the configuration names; a model that can't be loaded keeps none waiting."""
-        models = self.config.models
-        loaded = await asyncio.gather(*(self._load_one(parts, model) for model in models))
-        parts.readiness.starting = False
+        loaded = await parts.desired.preload()
+        count = _count(len(loaded), "model")
         if all(loaded):
-            self._announce(f"splitlearn: ready ({_count(len(models), 'model')})")
+            line = f"ready ({count})"
         else:
-            good = f"{sum(loaded)} of {_count(len(models), 'model')}"
-            self._announce(f"splitlearn: not ready, loaded {good}; the log says why")
+            line = f"not ready, loaded {sum(loaded)} of {count}; the log says why"
+        self._notifier.status(line)
+        self._announce(f"splitlearn: {line}")
 
-    async def _load_one(self, parts: _Parts, model: ModelConfig) -> bool:
-        """Load a model, and return whether it is ready."""
+    # --- Another configuration -------------------------------------------------------------
+
+    async def _follow_file(self, parts: _Parts) -> None:
+        """Read the configuration again whenever somebody asks for that."""
+        while True:
+            await self._hang_up.wait()
+            self._hang_up.clear()
+            self._notifier.reloading()
+            try:
+                self._notifier.ready(await self._read_again(parts))
+            except Exception:  # whatever it is, the daemon goes on as it is
+                logger.exception("reading the configuration again failed; nothing was changed")
+                self._notifier.ready("the configuration could not be read again")
+
+    async def _read_again(self, parts: _Parts) -> str:
+        """Let another configuration hold, if there is one and it is valid; say what was done."""
+        if self._reread is None:
+            logger.warning("SIGHUP: the daemon was started without a file to read again")
+            return "no configuration to read again"
         try:
-            return await parts.manager.load_model(model)
-        except ManagerError as error:
-            # The manager has logged where it came from.
-            logger.error("model %s was not loaded: %s", model.model_id, error)  # noqa: TRY400
-            parts.readiness.refused[model.model_id] = str(error)
-            return False
+            new = await asyncio.to_thread(self._reread)
+        except ConfigError as error:
+            for problem in error.problems:
+                logger.error("the configuration stays as it was: %s", problem)  # noqa: TRY400
+            return "the configuration is invalid and was not taken; the log says why"
+        changes = compare(self.config, new)
+        logger.info("the configuration was read again: %s", changes)
+        if changes.fixed:
+            logger.warning(
+                "until the next start these stay as they were: %s", ", ".join(changes.fixed)
+            )
+        self._adopt(parts, new, changes)
+        return f"configuration read again: {changes}"
+
+    def _adopt(self, parts: _Parts, new: DaemonConfig, changes: ConfigChanges) -> None:
+        """Let a configuration hold, and begin what follows from it."""
+        self.config = in_force(self.config, new)
+        logging.getLogger().setLevel(self.config.server.log_level.upper())
+        if changes.limits:
+            limits = self.config.manager
+            parts.manager.set_limits(
+                max_models=limits.max_models,
+                memory_limit=limits.memory_limit,
+                eviction=limits.eviction,
+                load_policy=_load_policy(limits),
+                memory_patience=limits.memory_wait,
+            )
+        parts.catalogue.replace(self.config.models)
+        parts.readiness.forget(changes.removed)
+        parts.desired.follow(changes)
 
     # --- End -------------------------------------------------------------------------------
 
     async def _drain(self, parts: _Parts, deadline: float) -> bool:
-        """End sessions, then HTTP, all before the deadline; return whether steps were answered."""
+        """End loads, sessions, HTTP, all before the deadline; return whether steps were answered.
+
+        Nothing new is taken on from the first line on; probes are answered until HTTP ends.
+        """
         timeout = self.config.server.drain_timeout
         reserve = _reserve(timeout)
         logger.info("draining %s, for up to %g s", _count(len(parts.table), "session"), timeout)
         parts.readiness.draining = True
+        self._notifier.stopping()
+        parts.stopping.set()
+        await parts.desired.close()
+        await parts.manager.stop_loading()
         clean = await parts.sessions.drain(timeout - reserve)
         left = deadline - reserve / 4 - asyncio.get_running_loop().time()
         parts.http.stop(max(_SHORTEST_GRACE, left))
@@ -242,6 +332,8 @@ class Daemon:
             yield
             return
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        if hasattr(signal, "SIGHUP"):
+            before[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: self.reload())
         try:
             yield
         finally:
@@ -265,6 +357,9 @@ class _Parts:
     sessions: SessionEndpoint
     readiness: Readiness
     http: HttpServer
+    catalogue: Catalogue
+    desired: DesiredModels
+    stopping: asyncio.Event
 
 
 _RESERVE = 2.0
@@ -286,6 +381,13 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 def _reserve(timeout: float) -> float:
     """Return the seconds of a drain's time that sessions can't have."""
     return min(_RESERVE, timeout / 10)
+
+
+def _load_policy(limits: ManagerLimits) -> LoadPolicy:
+    """Return how patient loads are, by the configuration."""
+    return LoadPolicy(
+        LoadDeadlines(stall=limits.load_stall_timeout), RetryPolicy(attempts=limits.load_attempts)
+    )
 
 
 def _count(number: int, noun: str) -> str:

@@ -4,20 +4,43 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from functools import partial
 from typing import TYPE_CHECKING
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-    from starlette.types import ASGIApp
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 PING_INTERVAL = 20.0
 PING_TIMEOUT = 60.0
 """Seconds for a client to answer a ping; the ping waits behind a long answer being sent."""
+
+
+ABORT = "splitlearn.abort"
+"""The extension of a request's scope that drops its connection, with what is still to be sent."""
+
+
+class HttpProtocol(H11Protocol):
+    """HTTP whose applications can drop a connection: a peer that does not read can't be told."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to serve a connection."""
+        super().connection_made(transport)
+        self.app = partial(_with_abort, self.app, transport.abort)
+
+
+async def _with_abort(
+    app: ASGIApp, abort: Callable[[], None], scope: Scope, receive: Receive, send: Send
+) -> None:
+    """Call an application that may drop its connection."""
+    scope["extensions"] = scope.get("extensions", {}) | {ABORT: abort}
+    await app(scope, receive, send)
 
 
 class SessionProtocol(WebSocketsSansIOProtocol):
@@ -44,7 +67,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="h11",
+                http=HttpProtocol,
                 ws=SessionProtocol,
                 ws_max_size=max_frame_bytes,
                 ws_per_message_deflate=False,  # hidden states don't compress, and it costs 50 times

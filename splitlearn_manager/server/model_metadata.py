@@ -8,6 +8,7 @@ MODEL_VERSION = "1"
 PLATFORM = "splitlearn_safetensors"
 
 _DATATYPES = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16", "float64": "FP64"}
+_DATATYPES |= {"int64": "INT64", "int32": "INT32"}
 _ANY = -1
 
 
@@ -18,8 +19,8 @@ def describe(model_id: str, model: Any) -> dict[str, Any]:
         "name": model_id,
         "versions": [MODEL_VERSION],
         "platform": PLATFORM,
-        "inputs": [_input(component, model), _mask()],
-        "outputs": [_output(component, model)],
+        "inputs": [_input(component, model), *_beside(model, "side_inputs"), _mask()],
+        "outputs": [_output(component, model), *_beside(model, "side_outputs")],
         "properties": properties(model),
     }
 
@@ -38,6 +39,9 @@ def properties(model: Any) -> dict[str, str]:
         "end_layer": getattr(model, "end_layer", None),
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
+        "hidden_dtype": _hidden_dtype(model),
+        "layerwise": ",".join(v.name for v in getattr(model, "side_inputs", ()) if v.layerwise)
+        or None,
         "max_positions": model.max_positions,
         "dtype": _dtype(model),
         "device": str(model.device),
@@ -63,13 +67,32 @@ def _output(component: str, model: Any) -> dict[str, Any]:
 
 
 def _hidden_states(model: Any) -> dict[str, Any]:
-    shape = [_ANY, _ANY, model.hidden_size]
-    return {"name": "hidden_states", "datatype": _DATATYPES[_dtype(model)], "shape": shape}
+    dtype = str(model.hidden_dtype).removeprefix("torch.")
+    shape = [_ANY, _ANY, *model.hidden_shape]
+    return {"name": "hidden_states", "datatype": _DATATYPES[dtype], "shape": shape}
+
+
+def _beside(model: Any, which: str) -> list[dict[str, Any]]:
+    """Return what goes with the hidden states; in frames it has codes in this order."""
+    return [
+        {
+            "name": value.name,
+            "datatype": _DATATYPES[value.dtype],
+            "shape": [_ANY, _ANY, *(size.most if size.exact else _ANY for size in value.sizes)],
+        }
+        for value in getattr(model, which, ())
+    ]
 
 
 def _mask() -> dict[str, Any]:
     shape = [_ANY, _ANY]
     return {"name": "attention_mask", "datatype": "INT64", "shape": shape, "optional": True}
+
+
+def _hidden_dtype(model: Any) -> str | None:
+    """Return the dtype of the hidden states, where it is not that of the weights."""
+    dtype = str(getattr(model, "hidden_dtype", model.dtype)).removeprefix("torch.")
+    return None if dtype == _dtype(model) else dtype
 
 
 def _dtype(model: Any) -> str:

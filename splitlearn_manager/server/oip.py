@@ -6,8 +6,7 @@ for the index Triton's model repository extension.
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -17,7 +16,8 @@ from splitlearn_manager.core.states import ModelStatus
 from splitlearn_manager.errors import ModelLoadingError
 from splitlearn_manager.observability import version
 from splitlearn_manager.server.model_metadata import MODEL_VERSION, describe
-from splitlearn_manager.server.readiness import why_not_ready
+from splitlearn_manager.server.model_state import NOT_LOADED, as_json, reason_of
+from splitlearn_manager.server.request_body import json_object
 from splitlearn_manager.server.responses import error_response
 
 if TYPE_CHECKING:
@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 
     from splitlearn_manager.core.async_model_manager import AsyncModelManager
     from splitlearn_manager.core.model_info import ModelInfo
+    from splitlearn_manager.server.catalogue import Catalogue
     from splitlearn_manager.server.readiness import Readiness
 
-MAX_JSON_BYTES = 64 * 1024
-"""Longest body that is read as JSON; real ones are a few bytes."""
+EXTENSIONS = ("splitlearn_sessions",)
 
-EXTENSIONS = ["splitlearn_sessions"]
+LIVE_PATIENCE = 0.8
+"""Seconds for the manager to show that it can decide things: less than probes wait, by default."""
 
 _INDEX_STATES = {
     ModelStatus.LOADING: "LOADING",
@@ -42,11 +43,26 @@ _INDEX_STATES = {
 
 
 class OpenInferenceRoutes:
-    """The routes, over one manager."""
+    """The routes, over one manager.
 
-    def __init__(self, manager: AsyncModelManager, readiness: Readiness) -> None:
+    Args:
+        manager: Whose models are served.
+        readiness: What the readiness probe is told.
+        catalogue: What is configured, and so in the index, whether it is loaded or not.
+        extensions: What else of the protocol there is.
+    """
+
+    def __init__(
+        self,
+        manager: AsyncModelManager,
+        readiness: Readiness,
+        catalogue: Catalogue,
+        extensions: tuple[str, ...] = (),
+    ) -> None:
         self._manager = manager
         self._readiness = readiness
+        self._catalogue = catalogue
+        self._extensions = [*EXTENSIONS, *extensions]
 
     def routes(self) -> list[Route]:
         """Return the routes, each with its methods."""
@@ -64,8 +80,13 @@ class OpenInferenceRoutes:
         ]
 
     async def live(self, request: Request) -> Response:
-        """Answer as long as the event loop runs, whatever the models do."""
+        """Answer as long as the manager can decide things, whatever its models do."""
         del request
+        try:
+            await self._manager.check_alive(LIVE_PATIENCE)
+        except TimeoutError:
+            message = f"the manager has decided nothing for {LIVE_PATIENCE:g} s; it is stuck"
+            return JSONResponse({"live": False, "error": message}, status_code=503)
         return JSONResponse({"live": True})
 
     async def ready(self, request: Request) -> Response:
@@ -79,14 +100,16 @@ class OpenInferenceRoutes:
     async def server_metadata(self, request: Request) -> Response:
         """Say who this is."""
         del request
-        return JSONResponse({"name": "splitlearn", "version": version(), "extensions": EXTENSIONS})
+        return JSONResponse(
+            {"name": "splitlearn", "version": version(), "extensions": self._extensions}
+        )
 
     async def model_metadata(self, request: Request) -> Response:
         """Say what a model takes and gives."""
         model_id = _model_id(request)
         managed = await self._manager.get_model(model_id)
         if managed is None:
-            raise ModelLoadingError(why_not_ready(await self._manager.get_model_info(model_id)))
+            raise ModelLoadingError(reason_of(await self._manager.get_model_info(model_id)))
         return JSONResponse(describe(model_id, managed.model))
 
     async def model_ready(self, request: Request) -> Response:
@@ -94,22 +117,20 @@ class OpenInferenceRoutes:
         model = await self._manager.get_model_info(_model_id(request))
         if model.status is ModelStatus.READY:
             return JSONResponse({"name": model.model_id, "ready": True})
-        body = {"name": model.model_id, "ready": False, "error": why_not_ready(model)}
+        body = {"name": model.model_id, "ready": False, "error": reason_of(model)}
         return JSONResponse(body, status_code=503)
 
     async def repository_index(self, request: Request) -> Response:
         """List every model with its state, or with `{"ready": true}` those that can be used."""
-        body = await _json_object(request)
+        body = await json_object(request)
         only_ready = body.get("ready", False)
         if not isinstance(only_ready, bool):
             return error_response(400, f'"ready" must be true or false, found {only_ready!r}')
-        models = await self._manager.list_models()
+        models = {model.model_id: model for model in await self._manager.list_models()}
+        entries = list(map(_index_entry, models.values()))
+        entries += [_not_loaded(name) for name in self._catalogue.models if name not in models]
         return JSONResponse(
-            [
-                _index_entry(model)
-                for model in models
-                if not only_ready or model.status is ModelStatus.READY
-            ]
+            [entry for entry in entries if not only_ready or entry["state"] == "READY"]
         )
 
 
@@ -130,25 +151,15 @@ def _index_entry(model: ModelInfo) -> dict[str, str]:
         "name": model.model_id,
         "version": MODEL_VERSION,
         "state": _INDEX_STATES[model.status],
-        "reason": "" if model.status is ModelStatus.READY else why_not_ready(model),
+        "reason": as_json(model)["reason"],
     }
 
 
-async def _json_object(request: Request) -> dict[str, Any]:
-    """Return a request's JSON object; an empty body is an empty one, whatever its type.
-
-    Raises:
-        HTTPException: 400 where it is no JSON object, 413 where it is too long.
-    """
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_JSON_BYTES:
-            raise HTTPException(413, f"the body is longer than {MAX_JSON_BYTES} bytes")
-    try:
-        value = json.loads(body or b"{}")
-    except (ValueError, RecursionError):
-        raise HTTPException(400, "the body is not JSON") from None
-    if not isinstance(value, dict):
-        raise HTTPException(400, f"the body must be a JSON object, found {type(value).__name__}")
-    return value
+def _not_loaded(model_id: str) -> dict[str, str]:
+    """Return a model that is configured, and not there."""
+    return {
+        "name": model_id,
+        "version": MODEL_VERSION,
+        "state": "UNAVAILABLE",
+        "reason": NOT_LOADED,
+    }

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 
+from splitlearn_manager.observability import CURRENT_REQUEST
+
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -39,7 +41,10 @@ class RequestContextMiddleware:
         """Serve one request or WebSocket."""
         request_id = choose_request_id(Headers(scope=scope).get(REQUEST_ID))
         scope.setdefault("state", {})["request_id"] = request_id
+        logged = CURRENT_REQUEST.set(request_id)
         started, status = time.perf_counter(), 500
+        counted = scope["type"] == "http" and not scope["path"].startswith(_UNCOUNTED)
+        self.metrics.request_began(int(counted))
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -52,13 +57,13 @@ class RequestContextMiddleware:
         try:
             await self.app(scope, receive, answer)
         finally:
-            if scope["type"] == "http":
+            CURRENT_REQUEST.reset(logged)
+            self.metrics.request_began(-counted)
+            if counted:
                 self._count(scope, status, time.perf_counter() - started)
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
         """Count a request by its route: paths and methods that clients make up are one each."""
-        if scope["path"].startswith(_UNCOUNTED):
-            return
         route = getattr(scope.get("route"), "path", "unmatched")
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self.metrics.request(route, method, status, seconds)

@@ -11,18 +11,25 @@ from splitlearn_manager.serving.errors import (
     TooLongError,
     UnsupportedComponentError,
 )
-from splitlearn_manager.serving.wire import DType, Frame, TensorName, WireTensor
+from splitlearn_manager.serving.wire import SIDE_NAMES, DType, Frame, TensorName, WireTensor
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
+
+    from splitlearn_core.hidden_state import HiddenState
+    from splitlearn_core.side_values import CrossingValue, Size
 
 
 class Part(Protocol):
     """What a session asks of a Trunk."""
 
     component: str
-    dtype: torch.dtype
-    hidden_size: int
+    hidden_shape: tuple[int, ...]
+    hidden_dtype: torch.dtype
+    side_inputs: tuple[CrossingValue, ...]
+    side_outputs: tuple[CrossingValue, ...]
     max_positions: int | None
 
     def new_cache(self) -> Any:
@@ -31,15 +38,64 @@ class Part(Protocol):
 
     def __call__(
         self,
-        inputs: torch.Tensor,
+        inputs: torch.Tensor | HiddenState,
         *,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         past_key_values: Any,
         use_cache: bool,
-    ) -> torch.Tensor:
-        """Return hidden states [batch, new, hidden] for hidden states of the same shape."""
+    ) -> torch.Tensor | HiddenState:
+        """Return hidden states [batch, new, *hidden_shape] for hidden states of the same shape."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class SideTensor:
+    """A tensor that goes with the hidden states of every step.
+
+    Attributes:
+        code: What it is called in a frame.
+        name: What it is.
+        dtype: Its dtype.
+        sizes: Its sizes after [batch, new].
+        below: What each of its whole numbers must be below; `None` where the model does not mind.
+    """
+
+    code: TensorName
+    name: str
+    dtype: DType
+    sizes: tuple[Size, ...]
+    below: int | None
+
+    @classmethod
+    def all_of(cls, values: tuple[CrossingValue, ...]) -> tuple[Self, ...]:
+        """Return the tensors of what crosses, with codes in that order.
+
+        Raises:
+            UnsupportedComponentError: There are more than the wire has names for.
+            ValueError: One has a dtype that does not travel.
+        """
+        if len(values) > len(SIDE_NAMES):
+            raise UnsupportedComponentError(
+                f"{len(values)} values go with the hidden state, {len(SIDE_NAMES)} travel"
+            )
+        return tuple(
+            cls(code, value.name, DType.from_torch_name(value.dtype), value.sizes, value.below)
+            for code, value in zip(SIDE_NAMES, values, strict=False)
+        )
+
+    def fits(self, tensor: WireTensor, hidden: WireTensor) -> bool:
+        """Whether a tensor is of this dtype and shape, for these hidden states."""
+        return (
+            tensor.dtype is self.dtype
+            and tensor.shape[:2] == hidden.shape[:2]
+            and len(tensor.shape) == 2 + len(self.sizes)
+            and all(map(_fits, self.sizes, tensor.shape[2:]))
+        )
+
+    def __str__(self) -> str:
+        sizes = "".join(f", {size}" for size in self.sizes)
+        return f"{self.name} must be {self.dtype.name} [batch, new{sizes}]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +103,23 @@ class Contract:
     """What every step of a session has to fit.
 
     Attributes:
-        hidden_size: Last dimension of the hidden states.
+        hidden_shape: Sizes of the hidden states after [batch, new].
         dtype: Their dtype.
         max_positions: Positions that the model was made for; `None` where it does not say.
+        takes: What must come with the hidden states.
+        gives: What goes back with them.
     """
 
-    hidden_size: int
+    hidden_shape: tuple[int, ...]
     dtype: DType
     max_positions: int | None
+    takes: tuple[SideTensor, ...] = ()
+    gives: tuple[SideTensor, ...] = ()
+
+    @property
+    def hidden_size(self) -> int:
+        """Last dimension of the hidden states."""
+        return self.hidden_shape[-1]
 
     @classmethod
     def of(cls, part: Part) -> Self:
@@ -70,10 +135,15 @@ class Contract:
                 f" {component!r}"
             )
         try:
-            dtype = DType.from_torch_name(str(part.dtype))
+            return cls(
+                part.hidden_shape,
+                DType.from_torch_name(str(part.hidden_dtype)),
+                part.max_positions,
+                SideTensor.all_of(part.side_inputs),
+                SideTensor.all_of(part.side_outputs),
+            )
         except ValueError as exc:
             raise UnsupportedComponentError(str(exc)) from None
-        return cls(part.hidden_size, dtype, part.max_positions)
 
 
 @dataclass(slots=True)
@@ -106,6 +176,7 @@ class Step:
     hidden: WireTensor
     mask: WireTensor | None
     positions: WireTensor | None
+    side: tuple[WireTensor, ...] = ()
 
     @property
     def batch(self) -> int:
@@ -141,7 +212,8 @@ def check_step(state: State, frame: Frame) -> Step:
     positions = frame.tensor(TensorName.POSITION_IDS)
     _check_companion(mask, "attention_mask", DType.UINT8, hidden)
     _check_companion(positions, "position_ids", DType.INT64, hidden)
-    return Step(frame.request, frame.session, hidden, mask, positions)
+    side = tuple(_check_side(state.contract, frame, hidden))
+    return Step(frame.request, frame.session, hidden, mask, positions, side)
 
 
 def _check_hidden(state: State, hidden: WireTensor) -> None:
@@ -149,15 +221,31 @@ def _check_hidden(state: State, hidden: WireTensor) -> None:
     batch = "batch" if state.batch is None else state.batch
     fits = (
         hidden.dtype is contract.dtype
-        and len(hidden.shape) == 3  # noqa: PLR2004 - [batch, new, hidden]
-        and hidden.shape[2] == contract.hidden_size
+        and len(hidden.shape) == 2 + len(contract.hidden_shape)
+        and hidden.shape[2:] == contract.hidden_shape
         and batch in {"batch", hidden.shape[0]}
     )
     if not fits:
+        sizes = ", ".join(map(str, contract.hidden_shape))
         raise BadStepError(
-            f"hidden_states must be {contract.dtype.name} [{batch}, new, {contract.hidden_size}],"
+            f"hidden_states must be {contract.dtype.name} [{batch}, new, {sizes}],"
             f" found {shown(hidden)}"
         )
+
+
+def _check_side(contract: Contract, frame: Frame, hidden: WireTensor) -> Iterator[WireTensor]:
+    """Yield the tensors that must come with the hidden states, in their order."""
+    known = {wanted.code for wanted in contract.takes}
+    for tensor in frame.tensors:
+        if tensor.name in SIDE_NAMES and tensor.name not in known:
+            raise BadStepError(f"{tensor.name.name} is no input of this model")
+    for wanted in contract.takes:
+        found = frame.tensor(wanted.code)
+        if found is None:
+            raise BadStepError(f"the step has no {wanted.name}, which this model needs")
+        if not wanted.fits(found, hidden):
+            raise BadStepError(f"{wanted}, found {shown(found)}")
+        yield found
 
 
 def _check_companion(
@@ -167,6 +255,10 @@ def _check_companion(
     shape = hidden.shape[:2]
     if tensor is not None and (tensor.dtype is not dtype or tensor.shape != shape):
         raise BadStepError(f"{name} must be {dtype.name} {list(shape)}, found {shown(tensor)}")
+
+
+def _fits(size: Size, found: int) -> bool:
+    return size.fits(found)
 
 
 def shown(tensor: WireTensor) -> str:

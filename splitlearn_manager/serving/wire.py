@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MAX_CONTROL_BYTES",
     "MAX_NDIM",
+    "SIDE_NAMES",
     "SUBPROTOCOL",
     "VERSION",
     "CloseReason",
@@ -88,6 +89,19 @@ class TensorName(enum.IntEnum):
     HIDDEN_STATES = 1
     ATTENTION_MASK = 2
     POSITION_IDS = 3
+    SIDE_1 = 16
+    """The first value that goes with the hidden state, in the order in which the model's metadata
+    names them among its inputs (or outputs); the others follow."""
+    SIDE_2 = 17
+    SIDE_3 = 18
+    SIDE_4 = 19
+    SIDE_5 = 20
+    SIDE_6 = 21
+    SIDE_7 = 22
+    SIDE_8 = 23
+
+
+SIDE_NAMES = tuple(name for name in TensorName if name.name.startswith("SIDE_"))
 
 
 class DType(enum.IntEnum):

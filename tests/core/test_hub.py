@@ -211,3 +211,21 @@ def test_shards_are_fetched_whole_by_name(
 
 def _into(seen: list[tuple[int, int]]) -> Callable[[int, int], None]:
     return lambda done, total: seen.append((done, total))
+
+
+def test_top_alone_fetches_the_generation_settings(
+    damaged: Callable[..., Any], served: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = damaged("llama").path
+    settings = path / "generation_config.json"
+    settings.write_text(json.dumps({"eos_token_id": [7, 8]}))
+    with served(path) as hub:
+        load_component("someone/model", "trunk", [2, 4])
+        assert settings.name not in hub.fetched
+        parts = [load_component("someone/model", "top", [2, 4]) for _ in range(2)]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    parts.append(load_component("someone/model", "top", [2, 4]))
+
+    assert hub.fetched.count(settings.name) == 1
+    for part in parts:
+        assert part.model.generation_config.eos_token_id == [7, 8]  # type: ignore[union-attr]

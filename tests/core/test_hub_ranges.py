@@ -38,6 +38,7 @@ from splitlearn_core.loading.materialize import Placement
 from splitlearn_core.loading.opening import open_source
 from splitlearn_core.loading.retries import Patience
 from splitlearn_core.loading.sources import TensorSource
+from splitlearn_core.loading.stages import LoadStage
 from splitlearn_core.plan import SplitPlan
 from splitlearn_core.skeleton import load_config
 
@@ -273,6 +274,29 @@ class TestWhatIsFetched:
         assert all(torch.equal(fetched[name], local[name]) for name in local)
         assert calls == sorted(calls)
         assert {total for _, total in calls} == {calls[-1][0]}
+
+    def test_the_stages_of_a_load_are_told(
+        self, make_checkpoint: Callable[..., Any], open_model: Callable[..., TensorSource]
+    ) -> None:
+        class Stages(list[LoadStage]):
+            def __call__(self, done: int, total: int) -> None: ...
+
+            def enter_stage(self, stage: LoadStage) -> None:
+                self.append(stage)
+
+        path = make_checkpoint("qwen2").path
+        config = load_config(path)
+        spec = SplitPlan.from_split_points(config.num_hidden_layers, [2, 4]).component("trunk")
+
+        def stages(source: TensorSource) -> list[LoadStage]:
+            told = Stages()
+            placement = Placement(torch.device("cpu"))
+            build_part(config, spec, source, placement, checkpoint="it", progress=told)
+            return list(told)
+
+        with LoopbackHub({REPO: path}).run() as hub:
+            assert stages(open_model(hub)) == [LoadStage.DOWNLOADING, LoadStage.READING]
+            assert stages(open_source(FolderFiles(path))) == [LoadStage.READING]
 
     def test_no_file_is_ever_held_in_memory(
         self, tmp_path: Path, open_model: Callable[..., TensorSource]

@@ -413,3 +413,20 @@ def test_a_cache_of_another_part(make_checkpoint: Callable[..., Any]) -> None:
         trunk(torch.zeros(1, 1, 32), past_key_values=bottom.new_cache())
     with pytest.raises(ValueError, match="new_cache"):
         trunk(torch.zeros(1, 1, 32), use_cache=True)
+
+
+# peft asks transformers by the older of two names
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_model_that_peft_merged_and_saved_loads(
+    make_checkpoint: Callable[..., Any], tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft", reason="an extra of development")
+    base = AutoModelForCausalLM.from_pretrained(make_checkpoint("qwen2").path)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    merged = peft.get_peft_model(base, lora).merge_and_unload().eval()
+    merged.save_pretrained(tmp_path)
+
+    parts: Any = load_split_model("auto", [2, 4], tmp_path, low_memory=True)
+    hidden = parts[0](IDS)
+    with torch.no_grad():
+        assert torch.equal(parts[2](parts[1](hidden)).logits, merged(IDS).logits)

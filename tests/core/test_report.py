@@ -227,6 +227,7 @@ def test_json_has_names_that_stay(make_checkpoint: Callable[..., Any]) -> None:
         "after": "trunk",
         "bytes_per_token": 128,
         "crosses": ["hidden_states"],
+        "reveals": {},
     }
 
 

@@ -13,7 +13,7 @@ def test_as_text() -> None:
     lines = CliRunner().invoke(app, ["architectures"]).stdout.splitlines()
 
     assert any(line.split() == ["llama", "certified"] for line in lines)
-    assert any(line.startswith("glm_moe_dsa") and "prev_topk_indices" in line for line in lines)
+    assert any(line.startswith("inkling2_text") and "block_states" in line for line in lines)
     assert lines[-1].endswith("certified")
 
 

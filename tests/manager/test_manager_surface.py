@@ -19,6 +19,7 @@ NAMES = {
     "ServerConfig",
 }
 METHODS = {
+    "adopt_config",
     "cancel_load",
     "check_alive",
     "ensure_model",
@@ -29,8 +30,14 @@ METHODS = {
     "list_models",
     "load_model",
     "reload_model",
+    "set_limits",
     "shutdown",
+    "start_ensure",
     "start_load",
+    "start_reload",
+    "start_unload",
+    "stop_loading",
+    "subscribe",
     "unload_model",
     "use",
 }
@@ -80,4 +87,5 @@ def test_a_snapshot_has_these_fields() -> None:
         "failed_at",
         "retry_at",
         "pinned",
+        "predicted_bytes",
     ]

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
+from typing import Any
 
 import pytest
 
 from splitlearn_manager import ModelInfo, ModelStatus
-from splitlearn_manager.core.events import TransitionEvent
+from splitlearn_manager.core.events import ReloadFailedEvent, TransitionEvent
 from splitlearn_manager.core.resources import ResourceUsage
-from splitlearn_manager.observability import JsonFormatter, Metrics, configure_logging
+from splitlearn_manager.core.states import State
+from splitlearn_manager.observability import (
+    CURRENT_REQUEST,
+    JsonFormatter,
+    Metrics,
+    configure_logging,
+)
 
 
-def moved(old: ModelStatus, new: ModelStatus, seconds: float = 2.0) -> TransitionEvent:
-    return TransitionEvent("trunk", 1, old, new, "why", seconds, 0.0)
+def moved(old: State, new: State, code: str = "", **changes: Any) -> TransitionEvent:
+    return TransitionEvent("trunk", 1, old, new, "why", 2.0, 0.0, code=code, **changes)
 
 
 def test_a_model_has_one_state_at_a_time() -> None:
@@ -44,24 +51,73 @@ def test_a_model_that_is_gone_has_no_state() -> None:
 def test_loads_are_counted_when_they_end() -> None:
     metrics = Metrics()
 
-    metrics.model_moved(moved(ModelStatus.LOADING, ModelStatus.READY))
-    metrics.model_moved(moved(ModelStatus.LOADING, ModelStatus.FAILED))
-    metrics.model_moved(moved(ModelStatus.READY, ModelStatus.UNLOADING))
+    metrics.model_moved(moved(None, ModelStatus.LOADING))
+    metrics.model_moved(moved(ModelStatus.LOADING, ModelStatus.READY, load_s=3.0, queued_s=1.0))
+    metrics.model_moved(moved(ModelStatus.READY, ModelStatus.READY, load_s=4.0, queued_s=2.0))
+    metrics.model_moved(moved(ModelStatus.LOADING, ModelStatus.FAILED, "fetch_failed", load_s=9.0))
+    metrics.reload_failed(ReloadFailedEvent("trunk", 2, "", "why", "fetch_failed", 0.0))
 
     value = metrics.registry.get_sample_value
-    assert value("splitlearn_model_load_duration_seconds_sum") == 2.0
-    assert value("splitlearn_model_load_duration_seconds_count") == 1
-    assert value("splitlearn_model_load_failures_total", {"model": "trunk"}) == 1
+    assert value("splitlearn_model_load_duration_seconds_sum") == 7.0
+    assert value("splitlearn_model_load_duration_seconds_count") == 2
+    assert value("splitlearn_model_load_queue_seconds_sum") == 3.0
+    assert value("splitlearn_model_load_failures_total", {"reason": "fetch_failed"}) == 2
+
+
+def test_unloads_and_evictions_are_counted() -> None:
+    metrics = Metrics()
+
+    metrics.model_moved(moved(ModelStatus.READY, ModelStatus.UNLOADING))
+    metrics.model_moved(moved(ModelStatus.UNLOADING, None))
+    metrics.model_moved(moved(ModelStatus.READY, ModelStatus.UNLOADING, "idle"))
+    metrics.model_moved(moved(ModelStatus.FAILED, None))
+
+    value = metrics.registry.get_sample_value
+    assert value("splitlearn_model_unload_duration_seconds_count") == 1
+    assert value("splitlearn_model_unload_duration_seconds_sum") == 2.0
+    assert value("splitlearn_model_evictions_total", {"reason": "idle"}) == 1
+    assert value("splitlearn_model_age_at_eviction_seconds_sum") == 2.0
+
+
+def test_sizes_and_loads_under_way_are_shown() -> None:
+    metrics = Metrics()
+
+    metrics.observe_models(
+        [
+            ModelInfo("a", ModelStatus.LOADING, predicted_bytes=7),
+            ModelInfo("b", ModelStatus.READY, reloading=True, predicted_bytes=8, resident_bytes=9),
+            ModelInfo("c", ModelStatus.READY),
+        ]
+    )
+
+    value = metrics.registry.get_sample_value
+    assert value("splitlearn_model_loads_in_progress") == 2
+    for model, kind, size in (("a", "predicted", 7), ("b", "predicted", 8), ("b", "actual", 9)):
+        assert value("splitlearn_model_size_bytes", {"model": model, "kind": kind}) == size
+
+
+def test_requests_in_flight_and_the_loops_lag() -> None:
+    metrics = Metrics()
+
+    metrics.request_began(1)
+    metrics.request_began(1)
+    metrics.request_began(-1)
+    metrics.loop_lag(0.5)
+
+    value = metrics.registry.get_sample_value
+    assert value("splitlearn_requests_in_flight") == 1
+    assert value("splitlearn_event_loop_lag_seconds_sum") == 0.5
 
 
 def test_memory_is_shown_for_each_device() -> None:
     metrics = Metrics()
 
-    metrics.observe_memory(ResourceUsage("cpu", 100, 30, 50, {}))
+    metrics.observe_memory(ResourceUsage("cpu", 100, 30, 50, {}), used=20)
 
     value = metrics.registry.get_sample_value
     assert value("splitlearn_memory_capacity_bytes", {"device": "cpu"}) == 100
     assert value("splitlearn_memory_reserved_bytes", {"device": "cpu"}) == 30
+    assert value("splitlearn_memory_used_bytes", {"device": "cpu"}) == 20
 
 
 def test_two_daemons_in_a_process_count_apart() -> None:
@@ -114,3 +170,26 @@ def test_logs_go_to_stderr_from_the_level_on(
     assert "loud" in captured.err
     if form == "json":
         assert json.loads(captured.err)["message"] == "loud"
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_logs_say_which_request_and_operation_they_are_of(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", root.level)
+    configure_logging("info", form)  # type: ignore[arg-type]
+    token = CURRENT_REQUEST.set("req-1")
+
+    logging.getLogger("a").info("one", extra={"operation_id": "op-1"})
+    CURRENT_REQUEST.reset(token)
+    logging.getLogger("a").info("two")
+
+    one, two = capsys.readouterr().err.splitlines()
+    if form == "json":
+        assert (json.loads(one)["request_id"], json.loads(one)["operation_id"]) == ("req-1", "op-1")
+        assert "request_id" not in json.loads(two)
+    else:
+        assert one.endswith("one [operation_id=op-1 request_id=req-1]")
+        assert two.endswith(": two")

@@ -10,6 +10,8 @@ import tritonclient.http
 from serving_fakes import trunk_config
 from tritonclient.utils import InferenceServerException
 
+from splitlearn_manager.server import oip
+
 pytestmark = pytest.mark.anyio
 
 
@@ -34,7 +36,7 @@ async def loading(manager: Any, loader: Any) -> Any:
     await started.wait()
     yield
     loader.gate.set()
-    await asyncio.wait([task])
+    await asyncio.gather(task, return_exceptions=True)  # ready, or ended with the daemon
 
 
 @pytest.fixture
@@ -56,6 +58,21 @@ async def test_ready_without_models_to_load(served: Any) -> None:
     answer = await served.ask("/v2/health/ready")
 
     assert (answer.status, answer.json) == (200, {"ready": True})
+
+
+async def test_live_fails_when_the_tables_writer_is_stuck(
+    served: Any, manager: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(oip, "LIVE_PATIENCE", 0.05)
+    async with manager.lock:
+        answer = await served.ask("/v2/health/live")
+
+    assert answer.status == 503
+    assert answer.json == {
+        "live": False,
+        "error": "the manager has decided nothing for 0.05 s; it is stuck",
+    }
+    assert (await served.ask("/v2/health/live")).status == 200
 
 
 async def test_server_metadata(served: Any) -> None:
@@ -297,7 +314,7 @@ async def test_tritons_client_understands_it_all(served: Any) -> None:
             assert states == {"trunk": "READY", "late": "LOADING", "broken": "UNAVAILABLE"}
             with pytest.raises(InferenceServerException, match="there is no model 'nothing'"):
                 client.get_model_metadata("nothing")
-            with pytest.raises(InferenceServerException, match="there is nothing at"):
+            with pytest.raises(InferenceServerException, match=r"server\.management"):
                 client.load_model("trunk")
 
     await asyncio.to_thread(use_client)

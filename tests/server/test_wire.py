@@ -129,7 +129,7 @@ BAD = [
     (header(kind=9), "unknown frame kind 9"),
     (header(flags=4), "flags are 0x04"),
     (header(kind=1, count=1), "OPEN announces 1 tensors"),
-    (header(count=4), "4 tensors in one frame"),
+    (header(count=12), "12 tensors in one frame"),
     (header(count=1), "ends within the descriptor of tensor 0"),
     (header(count=1) + descriptor(reserved=1), "reserved byte of tensor 0 is 1"),
     (header(count=1) + descriptor(name=4), "name code 4"),

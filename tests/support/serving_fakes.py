@@ -22,9 +22,11 @@ from splitlearn_manager.config import DaemonConfig, ServerConfig
 from splitlearn_manager.server.daemon import Daemon
 
 
-def trunk_config(model_id: str) -> ModelConfig:
-    """Return the configuration of a model that `FakeLoader` makes."""
-    return ModelConfig(model_id, "nowhere", config={"component": "trunk", "split_points": [1, 3]})
+def trunk_config(model_id: str, **changes: Any) -> ModelConfig:
+    """Return the configuration of a model that `FakeLoader` makes; `name?` is not preloaded."""
+    part = {"component": "trunk", "split_points": [1, 3]}
+    name = model_id.removesuffix("?")
+    return ModelConfig(name, "nowhere", **{"config": part, "preload": name == model_id, **changes})
 
 
 class FakeCache:
@@ -59,6 +61,9 @@ class FakePart:
     nbytes = 80
     num_layers = 5
     hidden_size = 4
+    hidden_shape = (4,)
+    side_inputs = ()
+    side_outputs = ()
     max_positions = 16
 
     def __init__(self, component: str = "trunk") -> None:
@@ -69,6 +74,10 @@ class FakePart:
         self.entered = threading.Semaphore(0)
         self.gate = threading.Event()
         self.gate.set()
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        return self.dtype
 
     def num_parameters(self) -> int:
         return 20

@@ -1,49 +1,31 @@
-"""Small models of every architecture: the sizes that configs have in common, and what some need."""
+"""Small models of every architecture: what some configs need besides small sizes."""
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-LAYERS = 6
-VOCABULARY = 128
-MAX_PARAMETERS = 30_000_000
+from splitlearn_core.small_model import LAYERS, VOCABULARY, small_config, small_model
 
-SIZES: dict[str, Any] = {
-    **dict.fromkeys(("n_layer", "n_layers", "num_layers", "num_hidden_layers"), LAYERS),
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embedding_size"), 64),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "attention_heads"), 4),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_sequence_length"), 128),
-    **dict.fromkeys(("intermediate_size", "ffn_dim"), 96),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
-    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "mamba_n_groups"), 1),
-    **dict.fromkeys(("num_key_value_heads", "num_experts_per_tok", "n_mamba_heads"), 2),
-    **dict.fromkeys(("head_dim", "v_head_dim", "kv_lora_rank", "mamba_d_head"), 16),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
-    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "state_size", "mamba_d_state"), 8),
-    "vocab_size": VOCABULARY,
-    "word_embed_proj_dim": 64,
-    "q_lora_rank": 24,
-    "conv_kernel": 4,
-    "sliding_window": 8,
-    "mamba_n_heads": 8,
-    "mamba_expand": 2,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "initializer_range": 0.1,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+__all__ = ["LAYERS", "NEEDS", "VOCABULARY", "causal_types", "tiny_config", "tiny_model"]
 
 # Latent attention: as many key-value heads as heads, of the rotary width.
 _LATENT = {"num_key_value_heads": 4, "head_dim": 8}
+
+# Two kinds of attention; the last layer of each among the first four shares with the last two.
+_SHARING = {
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_kv_shared_layers": 2,
+}
+
+_VISION = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+}
 
 _ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
 
@@ -57,6 +39,15 @@ NEEDS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "layer_types": ["full_attention", "sliding_attention"] * 3,
         "rope_parameters": {"full_attention": _ROTARY, "sliding_attention": _ROTARY},
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {
+            "hidden_size": 64,
+            "ffn_hidden_size": 96,
+            "moe_num_experts": 4,
+            "moe_top_k": 2,
+        },
     },
     "dots1": {"n_shared_experts": 1},
     "dots3_note_text": {
@@ -72,6 +63,14 @@ NEEDS: dict[str, dict[str, Any]] = {
         },
     },
     "falcon_h1": {"mamba_d_ssm": 128},
+    **dict.fromkeys(("gemma3n_text", "gemma4_text", "gemma4_unified_text"), _SHARING),
+    "gemma4_unified": {"text_config": _SHARING},
+    "gemma4": {
+        "text_config": _SHARING,
+        "vision_config": {"num_key_value_heads": 4},
+        "audio_config": {},
+    },
+    "git": {"vision_config": {**_VISION, "image_size": 32, "patch_size": 16}},
     "gpt_neo": {"attention_types": [[["global", "local"], 3]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 3},
     "kimi_linear": {
@@ -84,8 +83,49 @@ NEEDS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 3, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "n_groups": 1},
     "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention"] * 2},
+    "phi4_multimodal": {
+        "vision_config": {**_VISION, "image_size": 28, "patch_size": 14},
+        "audio_config": {
+            "hidden_size": 32,
+            "num_blocks": 2,
+            "intermediate_size": 48,
+            "num_attention_heads": 2,
+            "nemo_conv_channels": 32,
+            "ext_pw_out_channel": 32,
+            "depthwise_separable_out_channel": 32,
+        },
+    },
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention"] * 3,
+        "hc_count": 5,
+        "hc_lowrank": 10,
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+        "ple_layer_ids": [1, 5],
+        "ple_embed_dim": 28,
+        "ngram_size": 2,
+        "heads_per_ngram": 2,
+        "ngram_vocab_size_base": 64,
+        "make_ngram_vocab_size_divisible_by": 8,
+        "split_ngram_parts": 1,
+    },
+    "zamba": {"layers_block_type": ["mamba", "hybrid", "mamba"] * 2},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention"] * 2,
+        "attention_head_dim": 32,
+        "n_mamba_heads": 8,
+        "mamba_ngroups": 1,
+        "adapter_rank": 8,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
+
+
+# Tables of whole numbers, which are all 0 in a new model: type and name -> how many there are.
+CHOICES = {("deepseek_v4", "tid2eid"): 4}
 
 
 def causal_types() -> list[str]:
@@ -95,23 +135,7 @@ def causal_types() -> list[str]:
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
     """Return a config of this type with a few layers of small sizes."""
-    default = CONFIG_MAPPING[model_type]()
-    if default.get_text_config(decoder=True) is default:
-        return _shrunk(default, NEEDS.get(model_type, {}))
-    parts = {name: getattr(default, name) for name in default.sub_configs}
-    small = {name: _shrunk(part, {}).to_dict() for name, part in parts.items() if part is not None}
-    config: PreTrainedConfig = type(default)(**small)
-    return config
-
-
-def _shrunk(default: PreTrainedConfig, needs: dict[str, Any]) -> PreTrainedConfig:
-    """Return a config of the same class with small sizes."""
-    known = set(inspect.signature(type(default).__init__).parameters) | set(default.to_dict())
-    renamed = default.attribute_map
-    sizes = {k: v for k, v in SIZES.items() if k in known or k in renamed}
-    sizes = {k: v for k, v in sizes.items() if renamed.get(k) not in sizes}
-    config: PreTrainedConfig = type(default)(**sizes | needs)
-    return config
+    return small_config(model_type, NEEDS.get(model_type))
 
 
 def tiny_model(model_type: str) -> PreTrainedModel:
@@ -120,14 +144,8 @@ def tiny_model(model_type: str) -> PreTrainedModel:
     Raises:
         ValueError: It does not come out small.
     """
-    config = tiny_config(model_type)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if (size := skeleton.num_parameters()) > MAX_PARAMETERS:
-        raise ValueError(f"the small model of {model_type} has {size:,} parameters")
-    torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data.add_(torch.randn_like(parameter) * 0.02)
-    return model.eval()
+    model = small_model(model_type, NEEDS.get(model_type))
+    for name, buffer in model.named_buffers():
+        if limit := CHOICES.get((model_type, name.rpartition(".")[2])):
+            buffer.random_(limit)
+    return model

@@ -1,0 +1,239 @@
+"""Server-sent events over a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from typing import Any
+
+import pytest
+from manager_fakes import until
+from serving_fakes import FakeLoader, Served, trunk_config
+
+from splitlearn_manager import AsyncModelManager
+from splitlearn_manager.core import event_bus
+from splitlearn_manager.core.event_bus import Subscription
+from splitlearn_manager.core.events import TransitionEvent
+from splitlearn_manager.core.states import ModelStatus
+from splitlearn_manager.server import event_stream
+
+anyio = pytest.mark.anyio
+
+
+@pytest.fixture
+async def served(serve: Any) -> Served:
+    served: Served = await serve("late?")
+    await served.line()
+    return served
+
+
+class Stream:
+    """A client of the stream."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+        self.headers = b""
+
+    async def start(self) -> Stream:
+        self.headers = (await self.reader.readuntil(b"\r\n\r\n")).lower()
+        return self
+
+    async def part(self) -> str:
+        """Return the next chunk: one event, or a comment."""
+        async with asyncio.timeout(10):
+            size = int(await self.reader.readline(), 16)
+            text = (await self.reader.readexactly(size)).decode()
+            await self.reader.readline()
+            return text
+
+    async def event(self) -> tuple[str, str, Any]:
+        name, number, data = (await self.part()).removesuffix("\n\n").split("\n")
+        return (
+            name.removeprefix("event: "),
+            number.removeprefix("id: "),
+            json.loads(data.removeprefix("data: ")),
+        )
+
+
+async def connect(served: Served, query: str = "", receive_buffer: int | None = None) -> Stream:
+    host, port = served.url.removeprefix("http://").split(":")
+    sock = socket.socket()
+    if receive_buffer is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    sock.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(sock, (host, int(port)))
+    reader, writer = await asyncio.open_connection(sock=sock, limit=4096)
+    writer.write(f"GET /v2/events{query} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode())
+    return Stream(reader, writer)
+
+
+@anyio
+async def test_the_present_state_then_every_transition(
+    served: Served, manager: AsyncModelManager
+) -> None:
+    stream = await (await connect(served)).start()
+    assert b"200 ok" in stream.headers
+    assert b"content-type: text/event-stream" in stream.headers
+    assert b"cache-control: no-cache" in stream.headers
+    first, second = await stream.event(), await stream.event()
+    assert (first[0], first[2]["model_id"], first[2]["status"]) == ("model", "trunk", "ready")
+    assert second == (
+        "model",
+        "2",
+        {"model_id": "late", "status": "absent", "reason": "not loaded"},
+    )
+
+    await manager.load_model(trunk_config("late"))
+    await manager.unload_model("late")
+
+    events = [await stream.event() for _ in range(4)]
+    assert [(e[0], e[1], e[2]["old"], e[2]["new"]) for e in events] == [
+        ("transition", "3", "absent", "loading"),
+        ("transition", "4", "loading", "ready"),
+        ("transition", "5", "ready", "unloading"),
+        ("transition", "6", "unloading", "absent"),
+    ]
+    assert events[0][2]["operation_id"] == events[1][2]["operation_id"]
+    stream.writer.close()
+
+
+@anyio
+async def test_progress_and_failed_reloads_are_told(
+    served: Served, manager: AsyncModelManager, loader: FakeLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader.gate.clear()
+    stream = await (await connect(served, "?model=late")).start()
+    await stream.event()
+    load = asyncio.create_task(manager.load_model(trunk_config("late")))
+    assert (await stream.event())[0] == "transition"
+    name, _, progress = await stream.event()
+    loader.gate.set()
+    await load
+    assert (name, progress["phase"], progress["bytes_total"]) == ("progress", "reading", 80)
+    while (await stream.event())[0] != "transition":
+        pass
+
+    def cut_off(*_: object) -> None:
+        raise ValueError("cut off")
+
+    monkeypatch.setattr(loader, "load_from_config", cut_off)
+    with pytest.raises(RuntimeError, match="cut off"):
+        await manager.reload_model(trunk_config("late"))
+    name, _, failed = await stream.event()
+    assert (name, failed["code"]) == ("reload_failed", "bad_checkpoint")
+    stream.writer.close()
+
+
+@anyio
+async def test_one_model_alone(served: Served, manager: AsyncModelManager) -> None:
+    stream = await (await connect(served, "?model=late")).start()
+
+    await manager.unload_model("trunk")
+    await manager.load_model(trunk_config("late"))
+
+    names = [(await stream.event())[2]["model_id"] for _ in range(3)]
+    assert names == ["late", "late", "late"]
+    stream.writer.close()
+
+
+@anyio
+@pytest.mark.parametrize(
+    ("query", "status", "said"),
+    [
+        ("?model=..", 400, "model must be 1 to 128 letters"),
+        ("?model=", 400, "model must be 1 to 128 letters"),
+        ("?model=nothing", 404, "has no model 'nothing'"),
+    ],
+)
+async def test_a_model_that_can_not_be_is_refused(
+    served: Served, query: str, status: int, said: str
+) -> None:
+    answer = await served.ask(f"/v2/events{query}")
+
+    assert (answer.status, said in answer.json["error"]) == (status, True)
+
+
+@anyio
+async def test_there_is_a_limit_on_streams(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_stream, "MOST_STREAMS", 1)
+    stream = await (await connect(served)).start()
+
+    assert (await served.ask("/v2/events")).status == 429
+    stream.writer.close()
+    again = b"http/1.1 429"
+    async with asyncio.timeout(10):
+        while again.startswith(b"http/1.1 429"):
+            stream = await (await connect(served)).start()
+            again = stream.headers
+            stream.writer.close()
+
+
+@anyio
+async def test_comments_keep_it_alive(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_stream, "KEEP_ALIVE", 0.01)
+    stream = await (await connect(served, "?model=late")).start()
+    await stream.event()
+
+    assert await stream.part() == ": still here\n\n"
+    assert await stream.part() == ": still here\n\n"
+    stream.writer.close()
+
+
+@anyio
+async def test_it_ends_with_the_daemon_at_once(served: Served) -> None:
+    """The daemon gives sessions 20 s; a stream that is read to its end takes none of them."""
+    stream = await (await connect(served, "?model=late")).start()
+    await stream.event()
+    began = asyncio.get_running_loop().time()
+
+    assert await served.stop() == 0
+
+    assert asyncio.get_running_loop().time() - began < 5
+    assert await stream.reader.read() == b"0\r\n\r\n"
+    stream.writer.close()
+
+
+async def fall_behind(manager: AsyncModelManager) -> Subscription:
+    """Publish large events until the one reader, who does not read, has lost some."""
+    await until(lambda: len(manager._table.bus) == 1)
+    reader = next(iter(manager._table.bus._readers))
+    event = TransitionEvent("late", 1, None, ModelStatus.LOADING, "x" * 65536, 0.0, 0.0)
+    async with asyncio.timeout(30):
+        while reader._lost is None:
+            for _ in range(100):
+                manager._table.bus.publish(event)
+            await asyncio.sleep(0)
+    return reader
+
+
+@anyio
+async def test_a_slow_reader_is_told_what_it_lost(
+    served: Served, manager: AsyncModelManager
+) -> None:
+    stream = await connect(served, "?model=late", receive_buffer=4096)
+    reader = await fall_behind(manager)
+    assert len(reader._queue) <= event_bus.QUEUE_LENGTH
+
+    await stream.start()
+    name, data = "", {}
+    while name != "lost":
+        name, _, data = await stream.event()
+
+    assert data["count"] > 0
+    stream.writer.close()
+
+
+@anyio
+async def test_a_reader_that_does_not_read_does_not_hold_the_end(
+    served: Served, manager: AsyncModelManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_stream, "FAREWELL", 0.05)
+    stream = await connect(served, receive_buffer=4096)
+    await fall_behind(manager)
+    began = asyncio.get_running_loop().time()
+
+    assert await served.stop() == 0
+
+    assert asyncio.get_running_loop().time() - began < 5
+    stream.writer.close()
