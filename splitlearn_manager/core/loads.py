@@ -52,6 +52,9 @@ T = TypeVar("T")
 TICK = 0.25
 """Seconds between two looks at a load: for its deadlines, and for those who watch its progress."""
 
+_SEE_OFF = 1.0
+"""Seconds that the owner of a failed load stays for its thread; who waits for the load does not."""
+
 Sleep = Callable[[float], Awaitable[None]]
 
 
@@ -176,6 +179,7 @@ class Loads:
             self._make_failed(placeholder, error)
             if not isinstance(error, Exception | asyncio.CancelledError):
                 raise
+            await _see_off(placeholder)
 
     async def _attempts(
         self, placeholder: LoadingPlaceholder
@@ -374,6 +378,12 @@ def _give_back(placeholder: LoadingPlaceholder) -> None:
         placeholder.remains = Future()
         work.cancel()
         work.add_done_callback(partial(_discard, reservation, placeholder.remains))
+
+
+async def _see_off(placeholder: LoadingPlaceholder) -> None:
+    """Wait a little until nothing of a failed load is left, so that a shutdown does, too."""
+    if placeholder.remains is not None and not placeholder.remains.done():
+        await asyncio.wait({asyncio.wrap_future(placeholder.remains)}, timeout=_SEE_OFF)
 
 
 def _discard(reservation: Reservation | None, remains: Future[None], work: Future[Any]) -> None:

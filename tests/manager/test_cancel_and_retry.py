@@ -150,6 +150,7 @@ async def test_a_second_cancel_finds_nothing(
     with pytest.raises(ModelNotLoadingError, match="no load of model 'a' is under way: it is fail"):
         await manager.cancel_load("a")
     held.release()
+    await until(lambda: not manager._owners)
 
 
 async def test_there_is_nothing_to_cancel_where_nothing_loads(

@@ -411,3 +411,34 @@ async def test_whoever_keeps_the_error_of_an_ended_use_does_not_keep_the_model(
         gc.enable()
     assert [type(error) for error in errors] == [DrainTimeoutError] * 2
     assert errors[0] is not errors[1]
+
+
+async def test_a_shutdown_waits_for_a_model_that_came_too_late_to_be_closed(
+    manager: AsyncModelManager, loader: FakeLoader, resources: ResourceManager, model_config: Config
+) -> None:
+    begun, go_on, closing = threading.Event(), threading.Event(), threading.Event()
+
+    class Slow:
+        def close(self) -> None:
+            closing.set()
+            assert go_on.wait(PATIENCE)
+
+    loaded = loader.hold("a")
+    loader.load_from_config = lambda *_: (  # type: ignore[method-assign]
+        begun.set(),
+        loaded.run(None),
+        Slow(),
+    )[-1]
+    load = await manager.start_load(model_config())
+    assert await asyncio.to_thread(begun.wait, PATIENCE)
+    shutdown = asyncio.create_task(manager.shutdown())
+    await until(lambda: load.progress.stopped is not None)
+    loaded.release()
+    await load.outcome()
+    assert await asyncio.to_thread(closing.wait, PATIENCE)
+    await asyncio.sleep(0)
+    assert not shutdown.done()
+    go_on.set()
+    await shutdown
+
+    assert resources.get_current_usage().reserved_bytes == 0
