@@ -221,8 +221,7 @@ class AsyncManagedModel:
         """
         if self._closed is not None:
             raise self._unloaded()
-        future = self._worker.submit(fn, *args, **kwargs)
-        return await asyncio.wrap_future(future)
+        return await self._worker.run(fn, *args, **kwargs)
 
     async def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward in its thread, without gradients."""

@@ -207,6 +207,9 @@ def contained(config: ModelConfig, fn: Callable[P, T], /, *args: P.args, **kwarg
     failure: Exception
     try:
         return fn(*args, **kwargs)
+    except StopIteration as error:  # an asyncio future takes none: nobody would ever hear of it
+        failure = ModelFailedError(f"the loader ended with {error!r}")
+        failure.__cause__ = error
     except Exception as error:  # noqa: BLE001 - it is raised below
         _log_failure(config, error)
         failure = error

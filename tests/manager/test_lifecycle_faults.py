@@ -442,3 +442,38 @@ async def test_a_shutdown_waits_for_a_model_that_came_too_late_to_be_closed(
     await shutdown
 
     assert resources.get_current_usage().reserved_bytes == 0
+
+
+@pytest.mark.parametrize("error", [StopIteration(3), StopAsyncIteration()], ids=repr)
+async def test_a_loader_that_raises_what_a_future_does_not_take_fails(
+    manager: AsyncModelManager, loader: FakeLoader, model_config: Config, error: Exception
+) -> None:
+    loader.prepare("a", error)
+
+    async with asyncio.timeout(PATIENCE):
+        with pytest.raises(ModelFailedError, match="Iteration"):
+            await manager.load_model(model_config())
+    loader.estimates["b"] = error
+    async with asyncio.timeout(PATIENCE):
+        with pytest.raises(ModelFailedError, match="Iteration"):
+            await manager.load_model(model_config("b"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [StopIteration(3), SystemExit(3), KeyboardInterrupt(), asyncio.CancelledError()],
+    ids=repr,
+)
+async def test_a_forward_that_raises_what_would_end_the_loop_only_fails(
+    manager: AsyncModelManager, model_config: Config, error: BaseException
+) -> None:
+    def fail() -> None:
+        raise error
+
+    await manager.load_model(model_config())
+    async with asyncio.timeout(PATIENCE), manager.use("a") as managed:
+        with pytest.raises(RuntimeError, match="a call in a worker thread ended with") as caught:
+            await managed.run(fail)
+
+    assert caught.value.__cause__ is error
+    assert await manager.infer("a", 1) == 1
