@@ -17,7 +17,7 @@ from splitlearn_core.builder import draw_each
 from splitlearn_core.devices import check_device, resolve_devices
 from splitlearn_core.dtypes import as_dtype, dtype_name, main_dtype
 from splitlearn_core.errors import DoesNotFitError
-from splitlearn_core.estimate import estimate_tensors
+from splitlearn_core.estimate import estimate_part
 from splitlearn_core.factory import AUTO, find_model
 from splitlearn_core.headers import INDEX_FILE, SINGLE_FILE, read_index
 from splitlearn_core.kv_cache import kv_bytes_per_token
@@ -218,7 +218,8 @@ def _report(
     specs = (*plan.components, plan.component(FULL))
     with closing(open_source(model.files)) as source:
         reporter = _Reporter(model, source, memory)
-        drawn = draw_each(model.config, specs, source, model.description, model.family)
+        dtype = placements[FULL].dtype
+        drawn = draw_each(model.config, specs, source, model.description, model.family, dtype)
         *parts, whole = [
             reporter.part(spec, blueprint, placements[spec.name])
             for spec, blueprint in zip(specs, drawn, strict=True)
@@ -254,8 +255,8 @@ class _Reporter:
     def part(self, spec: ComponentSpec, blueprint: Blueprint, placement: Placement) -> PartReport:
         """Report one part, or the whole model."""
         stored = blueprint.reads.stored
-        estimate = estimate_tensors(stored.values(), placement)
-        self.dtype = _final_dtype(stored.values(), placement)
+        estimate = estimate_part(blueprint, placement)
+        self.dtype = _final_dtype(stored.values())
         itemsize = self.dtype.itemsize
         memory = self._memory_of(spec, placement.device)
         sent, returned = _beside(self._model, spec, self.dtype)
@@ -286,9 +287,9 @@ class _Reporter:
         return cuda_memory(device.index or 0).total if device.type == "cuda" else self.host.total
 
 
-def _final_dtype(stored: Iterable[StoredTensor], placement: Placement) -> torch.dtype:
+def _final_dtype(stored: Iterable[StoredTensor]) -> torch.dtype:
     """Return the dtype that most of a part's weights will have."""
-    final = [(placement.final_dtype(t), math.prod(t.shape)) for t in stored]
+    final = [(t.final_dtype, math.prod(t.shape)) for t in stored]
     return main_dtype(final) or final[0][0]
 
 
