@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 import pytest
-from certifier import DifferenceError, certify, compare_tensors
+from certifier import DifferenceError, certify, compare_tensors, tensors_of
 from tiny_models import causal_types, tiny_model
 
 from splitlearn_core import pruning
@@ -73,13 +73,13 @@ def test_a_tensor_that_differs_is_found_out(name: str, change: str) -> None:
     """The control: neither a dtype nor a value, stored or computed, may differ unseen."""
     unsplit = tiny_model("llama")
     part = tiny_model("llama")
-    compare_tensors(unsplit, [cast("SplitModel", SimpleNamespace(model=part))])
+    compare_tensors(tensors_of(unsplit), [cast("SplitModel", SimpleNamespace(model=part))])
     module, _, slot = name.rpartition(".")
     tensor = getattr(part.get_submodule(module), slot)
     tensor.data = tensor.data.bfloat16() if change == "dtype" else tensor.data + 1
 
     with pytest.raises(DifferenceError, match=re.escape(name)):
-        compare_tensors(unsplit, [cast("SplitModel", SimpleNamespace(model=part))])
+        compare_tensors(tensors_of(unsplit), [cast("SplitModel", SimpleNamespace(model=part))])
 
 
 def test_parts_that_are_given_nothing_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

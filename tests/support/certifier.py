@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from tiny_models import LAYERS, VOCABULARY, tiny_model
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from splitlearn_core import SplitCausalLM, SplitModel
+from splitlearn_core.dtypes import dtype_name
 from splitlearn_core.factory import load_component
 from splitlearn_core.families import CERTIFIED, Family, architectures
 from splitlearn_core.plan import SplitPlan
@@ -62,25 +63,31 @@ def certify(
         for dtype in DTYPES:
             full = dtype is torch.float32
             unsplit = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+            tensors = tensors_of(unsplit)  # before a forward: that of one type casts a table
             expected = _ask(unsplit, generate=full)
             for cut in cuts if full else cuts[:1]:
                 split = _load(Path(folder), cut, dtype, in_table=in_table)
-                compare_tensors(unsplit, split.parts, f"{dtype} {list(cut)}")
-                _compare(expected, _ask(split, generate=full), f"{dtype} {list(cut)}")
+                where = f"{dtype_name(dtype)}, {list(cut)}"
+                compare_tensors(tensors, split.parts, where)
+                _compare(expected, _ask(split, generate=full), where)
     return family
 
 
 def compare_tensors(
-    unsplit: PreTrainedModel, parts: Iterable[SplitModel], where: str = "parts"
+    expected: Mapping[str, torch.Tensor], parts: Iterable[SplitModel], where: str = "parts"
 ) -> None:
     """Refuse parts with a parameter or buffer of another dtype or value than the unsplit model's.
+
+    Args:
+        expected: `tensors_of` the unsplit model.
+        parts: Before their first forward.
+        where: Begins the message.
 
     Raises:
         DifferenceError: Names it, and both dtypes.
     """
-    expected = _tensors(unsplit)
     for part in parts:
-        for name, tensor in _tensors(part.model).items():
+        for name, tensor in tensors_of(part.model).items():
             wanted = expected[name]
             if tensor.dtype is not wanted.dtype:
                 raise DifferenceError(f"{where}: {name} is {tensor.dtype}, not {wanted.dtype}")
@@ -88,7 +95,7 @@ def compare_tensors(
                 raise DifferenceError(f"{where}: {name} has other values")
 
 
-def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return a model's parameters and buffers, stored or not, by all their names."""
     parameters = model.named_parameters(remove_duplicate=False)
     buffers = model.named_buffers(remove_duplicate=False)
