@@ -182,6 +182,8 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
                     " split over parts; leave it out"
                 )
             model_kwargs[name] = self.new_cache()
+            if generation_config.is_assistant:  # it will have to take back what is not accepted
+                model_kwargs[name].activate_past_recording()
             return
         own: Any = super()
         own._prepare_cache_for_generation(  # noqa: SLF001 - HF's own, overridden here
@@ -192,7 +194,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         """Return the cache to fill, or `None`."""
         if given is None:
             return self.new_cache() if use_cache else None
-        if not isinstance(given, ChainCache) or len(given) != len(self.parts):
+        if not isinstance(given, ChainCache) or len(given.parts) != len(self.parts):
             raise ValueError(
                 f"past_key_values must come from this model's new_cache() or output, found"
                 f" {type(given).__name__}"
