@@ -59,6 +59,14 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         self.generation_config = _generation_config(top)
         self.eval()  # type: ignore[no-untyped-call]  # transformers' override has no annotations
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a chain of copies; a part that is elsewhere is the same one in both."""
+        memo.update({id(part): part for part in self._middle if not isinstance(part, nn.Module)})
+        twin: Self = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
     @property
     def parts(self) -> tuple[Any, ...]:
         """Every part, in the order of the layers."""
