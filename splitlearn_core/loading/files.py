@@ -12,6 +12,7 @@ from splitlearn_core.errors import CheckpointError, ModelSourceError
 from splitlearn_core.messages import short
 from splitlearn_core.regular_files import refuse_unless_regular
 from splitlearn_core.shape import CONFIG_FILE
+from splitlearn_core.user_paths import user_path
 
 BUILTIN_PREFIX = "builtin:"
 CACHE_VARIABLE = "SPLITLEARN_CACHE_DIR"
@@ -100,9 +101,9 @@ def _check_link(path: Path) -> None:
 def cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
     """Return where fetched files are kept: the argument, `$SPLITLEARN_CACHE_DIR`, or the user's."""
     if cache_dir is not None:
-        return Path(cache_dir)
+        return user_path(cache_dir)
     named = os.environ.get(CACHE_VARIABLE)
-    return Path(named) if named else user_cache_path("splitlearn")
+    return user_path(named) if named else user_cache_path("splitlearn")
 
 
 def find_files(
@@ -131,7 +132,7 @@ def find_files(
     _check_text(name)
     if name.startswith(BUILTIN_PREFIX):
         return FolderFiles(_builtin(name.removeprefix(BUILTIN_PREFIX)))
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         return FolderFiles(path)
     if path.is_file():
