@@ -33,6 +33,7 @@ from splitlearn_core.loading.materialize import Placement
 from splitlearn_core.loading.sources import SafetensorsSource
 from splitlearn_core.messages import in_one_line, short
 from splitlearn_core.plan import BOTTOM, FULL, TOP, TRUNK, ComponentSpec
+from splitlearn_core.regular_files import open_regular
 from splitlearn_core.shape import CONFIG_FILE, read_config
 from splitlearn_core.skeleton import load_config
 from splitlearn_core.uncertified import any_family
@@ -274,7 +275,8 @@ def read_manifest(folder: Path) -> Manifest:
         )
     manifest = _parse_manifest(read_config(path), path)
     for name, record in manifest.files.items():
-        actual = files.fetch(name).stat().st_size
+        with open_regular(files.fetch(name)) as file:
+            actual = os.fstat(file.fileno()).st_size
         if actual != record.bytes:
             raise CheckpointError(
                 f"{folder / name} has {actual} bytes, the manifest says {record.bytes}"

@@ -12,6 +12,7 @@ from splitlearn_core.loading.files import local_config
 from splitlearn_core.loading.whole import load_whole_model
 from splitlearn_core.messages import in_one_line
 from splitlearn_core.plan import BOTTOM, TOP, check_split_points, layer_number
+from splitlearn_core.regular_files import open_regular
 
 if TYPE_CHECKING:
     import os
@@ -150,6 +151,8 @@ def _tokenizer(files: CheckpointFiles) -> Any:
     found = [name for name in (*wanted, "merges.txt", "tokenizer.model") if files.find(name)]
     if not found:
         return None
+    for name in found:
+        open_regular(files.fetch(name)).close()  # no git-lfs pointer, above all
     folder = local_config(files)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
