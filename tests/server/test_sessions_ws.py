@@ -458,8 +458,12 @@ async def test_a_client_that_stopped_reading_is_given_up(
 ) -> None:
     """It has an answer half-way in its socket, which it will never take in, and answers no ping."""
     protocols: list[SessionProtocol] = []
+
+    def start_keepalive(protocol: SessionProtocol) -> None:
+        protocols.append(protocol)
+
     monkeypatch.setattr(http_server, "PING_TIMEOUT", 0.1)
-    monkeypatch.setattr(SessionProtocol, "start_keepalive", lambda self: protocols.append(self))
+    monkeypatch.setattr(SessionProtocol, "start_keepalive", start_keepalive)
     served = await serve()
     async with connected(served.sessions_url(), sock=small_socket(served.url)) as client:
         session = await client.open()
