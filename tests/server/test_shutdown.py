@@ -88,7 +88,7 @@ def start() -> Iterator[Callable[..., Child]]:
 
 
 def test_a_load_that_hangs_does_not_keep_the_process_alive(start: Callable[..., Child]) -> None:
-    child = start("1", "hang")
+    child = start("600", "hang")
     child.until("loading")
 
     child.process.terminate()
