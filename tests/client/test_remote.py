@@ -407,6 +407,19 @@ def test_a_cache_that_nobody_has_any_more_is_closed(trunk: RemoteTrunk, daemon: 
     until(lambda: sessions_open(daemon) == 0)
 
 
+def test_what_was_left_is_closed_before_anything_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the server has room for one session, the thread that closes them may come too late."""
+    monkeypatch.setattr(connection, "_attend", lambda *_: None)
+    with fake_daemon(FakeLoader(), max_sessions=1) as daemon:
+        trunk = RemoteTrunk(daemon.url, "trunk")
+        for _ in range(3):
+            cache = trunk.new_cache()
+            trunk(ones(), past_key_values=cache)
+            del cache
+            gc.collect()
+        trunk._connection.close()
+
+
 def test_a_trunk_that_nobody_has_any_more_lets_go_of_its_threads(daemon: Daemon) -> None:
     before = set(threading.enumerate())
     trunk = RemoteTrunk(daemon.url, "trunk")
