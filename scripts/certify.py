@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING  
 
 from splitlearn_core.dtypes import dtype_name  # noqa: E402
 from splitlearn_core.families import CERTIFIED  # noqa: E402
+from splitlearn_core.messages import in_one_line  # noqa: E402
 from splitlearn_core.tracing import NotAChainError  # noqa: E402
 
 OUT = ROOT / "splitlearn_core" / "families" / "certified.json"
@@ -67,11 +68,10 @@ def examine(model_type: str) -> dict[str, Any]:
     except DifferenceError as error:
         reason = f"its parts differ from the unsplit model ({error})"
     except Exception as error:  # noqa: BLE001 - whatever it was, it is why it is not certified
-        first_line = next(iter(str(error).splitlines()), "")
         reason = (
             OWN_CACHE
             if keeps_own_cache(model_type)
-            else f"it could not be tried: {type(error).__name__}: {first_line[:150]}"
+            else f"it could not be tried: {in_one_line(error)}"
         )
     finally:
         signal.alarm(0)
