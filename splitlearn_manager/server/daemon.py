@@ -38,6 +38,7 @@ from splitlearn_manager.server.readiness import Readiness
 from splitlearn_manager.server.security import AccessPolicy
 from splitlearn_manager.server.sessions_ws import SessionEndpoint
 from splitlearn_manager.server.systemd import Notifier, keep_watchdog
+from splitlearn_manager.serving.batcher import BatchLimits
 from splitlearn_manager.serving.sessions import SessionTable
 
 if TYPE_CHECKING:
@@ -194,6 +195,7 @@ class Daemon:
             max_sessions=server.max_sessions,
             idle_timeout=server.session_idle_timeout,
             metrics=self.metrics,
+            limits=BatchLimits(server.max_batch_size, server.prefill_chunk_size),
         )
         sessions = SessionEndpoint(manager, table, max_frame_bytes=server.max_frame_bytes)
         stopping = asyncio.Event()

@@ -23,6 +23,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from splitlearn_manager.errors import ManagerError
+from splitlearn_manager.serving.batcher import Batcher, Batchers, BatchLimits, ForwardMetrics
 from splitlearn_manager.serving.errors import (
     BadOpenError,
     BadStepError,
@@ -34,7 +35,7 @@ from splitlearn_manager.serving.errors import (
     TooManySessionsError,
     UnknownSessionError,
 )
-from splitlearn_manager.serving.step import Contract, Part, State, Step, check_step
+from splitlearn_manager.serving.step import Contract, State, Step, check_step
 from splitlearn_manager.serving.wire import CloseReason, Frame
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class SessionOwner(Protocol):
         ...
 
 
-class SessionMetrics(Protocol):
+class SessionMetrics(ForwardMetrics, Protocol):
     """What the table reports."""
 
     def sessions_open(self, model_id: str, change: int) -> None:
@@ -82,6 +83,7 @@ class Session:
         id: Random, so that nobody meets another's by counting; never 0.
         owner: The connection that opened it.
         managed: The model, as it was loaded then.
+        batcher: Whoever runs its steps, with those of others.
         state: Its cache, and what was taken in so far.
         last_used: When a step last began or ended, by the table's clock.
         hold: What keeps the model for it.
@@ -93,6 +95,7 @@ class Session:
     id: int
     owner: SessionOwner
     managed: AsyncManagedModel
+    batcher: Batcher
     state: State
     last_used: float
     hold: Hold | None = None
@@ -119,6 +122,7 @@ class SessionTable:
         max_sessions: Most sessions at once, over all connections and models.
         idle_timeout: Seconds without a step after which a session ends.
         metrics: Who counts.
+        limits: How far sessions share forwards.
         clock: Monotonic seconds.
         sleep: Waits for so many of them.
     """
@@ -130,6 +134,7 @@ class SessionTable:
         max_sessions: int,
         idle_timeout: float,
         metrics: SessionMetrics,
+        limits: BatchLimits = BatchLimits(),  # noqa: B008 - it can't be changed
         clock: Clock = time.monotonic,
         sleep: Sleep = asyncio.sleep,
     ) -> None:
@@ -139,6 +144,7 @@ class SessionTable:
         self._metrics = metrics
         self._clock = clock
         self._sleep = sleep
+        self._batchers = Batchers(limits, metrics, clock)
         self._sessions: dict[int, Session] = {}  # the one used longest ago comes first
         self._draining = False
         self._occupied = asyncio.Event()
@@ -162,6 +168,7 @@ class SessionTable:
         if self._expiry is not None:
             self._expiry.cancel()
             await asyncio.wait([self._expiry])
+        await self._batchers.ended()
 
     def __len__(self) -> int:
         """Return how many sessions there are."""
@@ -189,7 +196,8 @@ class SessionTable:
             contract = Contract.of(managed.model)
             length = _granted_length(max_length, contract.max_positions)
             state = State(contract, managed.model.new_cache(), length)
-            session = Session(self._new_id(), owner, managed, state, self._clock())
+            batcher = self._batchers.take(managed)
+            session = Session(self._new_id(), owner, managed, batcher, state, self._clock())
             session.hold = managed.hold(partial(self._model_goes, session))
             self._add(session)
         return session
@@ -327,8 +335,8 @@ class SessionTable:
         """Check a step, run it in the model's thread, and take its outcome into the session."""
         step = check_step(session.state, frame)
         try:
-            async with session.managed.use() as managed:
-                outcome = await self._forward(managed, session, step)
+            async with session.managed.use():
+                outcome = await self._forward(session, step)
         except SessionError:
             raise
         except ManagerError as error:
@@ -338,10 +346,10 @@ class SessionTable:
         session.state.mask = outcome.mask
         return outcome.reply
 
-    async def _forward(self, managed: AsyncManagedModel, session: Session, step: Step) -> Outcome:
-        """Run a step in the model's thread; what the model raises is for the log alone."""
+    async def _forward(self, session: Session, step: Step) -> Outcome:
+        """Run a step when its turn comes; what the model raises is for the log alone."""
         try:
-            return await managed.run(_run_step, managed.model, session.state, step)
+            return await session.batcher.run(session.state, step)
         except ManagerError:
             raise
         except Exception as error:
@@ -386,6 +394,7 @@ class SessionTable:
         """Take a session out of the table, drop its cache, and tell its owner."""
         del self._sessions[session.id]
         session.state.cache = session.state.mask = None
+        self._batchers.give_back(session.managed)
         if session.hold is not None:
             session.hold.release()
         if not self._sessions:
@@ -404,13 +413,6 @@ class SessionTable:
     def _all(self) -> list[Session]:
         """Return the sessions as they are now, because ending one changes the table."""
         return list(self._sessions.values())
-
-
-def _run_step(part: Part, state: State, step: Step) -> Outcome:
-    """Run a step; in the model's thread."""
-    from splitlearn_manager.serving.forward import run_step  # noqa: PLC0415 - imports torch
-
-    return run_step(part, state, step)
 
 
 def _granted_length(wanted: Any, limit: int | None) -> int | None:
