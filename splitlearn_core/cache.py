@@ -113,6 +113,7 @@ class PartCache(DynamicCache):
         self.spec = spec
         self._config = config
         self._shared: dict[str, int] = {}
+        self._records_past = False
         owned = range(spec.start_layer, spec.end_layer)
         self.layers = [
             _growing(layer) if number in owned else _ghost_of(layer)  # type: ignore[misc]  # mixed in
@@ -137,6 +138,11 @@ class PartCache(DynamicCache):
             if isinstance(layer, GhostLayer):
                 layer.advance(positions)
 
+    @property
+    def shared_layers(self) -> list[Any]:
+        """The slots after those of the model's layers, see `extend_shared`."""
+        return [self.layers[slot] for slot in self._shared.values()]
+
     def extend_shared(
         self, kind: str, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,7 +163,19 @@ class PartCache(DynamicCache):
             types = self._config.get_text_config(decoder=True).layer_types
             self._shared[kind] = len(self.layers)
             self.layers.append(DynamicCache(config=self._config).layers[types.index(kind)])
+            if self._records_past:
+                super().activate_past_recording()  # type: ignore[no-untyped-call]  # transformers
         return self.update(keys, values, self._shared[kind])
+
+    def activate_past_recording(self) -> None:
+        """Let sliding and convolution layers keep what `crop` may need, until it is called."""
+        self._records_past = True
+        super().activate_past_recording()  # type: ignore[no-untyped-call]  # transformers
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can put the part's own layers back as they were."""
+        return all(layer.is_croppable for layer in self.layers if not isinstance(layer, GhostLayer))
 
     @property
     def nbytes(self) -> int:
@@ -194,17 +212,34 @@ class ChainCache(Cache):
     """The cache of a chain of parts: one cache for each, in the order of the layers.
 
     A part that is elsewhere has a cache there; what stands for it here need only have
-    `get_seq_length`.  What this object is asked, it asks of every part.
+    `get_seq_length`.  What is done to this object is done to every part's; what it is asked of a
+    layer, the layer's own part answers, or a ghost where that is elsewhere.
     """
 
     def __init__(self, parts: Iterable[Any]) -> None:
-        super().__init__(layers=[])
         self.parts = tuple(parts)
         self._uneven = False
+        super().__init__(layers=[])
+
+    @property
+    def layers(self) -> list[Any]:
+        """The model's layers, then what parts keep of keys and values that layers share."""
+        caches = [part for part in self.parts if isinstance(part, PartCache)]
+        if not caches:
+            return []
+        layers = list(caches[0].layers)
+        for cache in caches:
+            own = range(cache.spec.start_layer, cache.spec.end_layer)
+            layers[own.start : own.stop] = cache.layers[own.start : own.stop]
+        return layers + [layer for cache in caches for layer in cache.shared_layers]
+
+    @layers.setter
+    def layers(self, layers: list[Any]) -> None:
+        """Leave them as they are: they are the parts'.  transformers sets them when it begins."""
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Fill every part's cache within the block.
+        """Fill, or change, every part's cache within the block.
 
         If that fails, some parts have the new positions and others have not; from then on the
         cache can only be `reset`.
@@ -221,32 +256,41 @@ class ChainCache(Cache):
         yield
         self._uneven = False
 
-    def __len__(self) -> int:
-        """Return the number of parts."""
-        return len(self.parts)
-
     @property
     def is_compileable(self) -> bool:
         """No: the parts' caches grow."""
         return False
 
     @property
-    def is_sliding(self) -> list[bool]:
-        """Whether each layer slides, as far as the first part tells."""
-        return [bool(sliding) for sliding in getattr(self.parts[0], "is_sliding", [])]
+    def is_croppable(self) -> bool:
+        """Whether `crop` can put every part's cache back as it was."""
+        return all(getattr(part, "is_croppable", False) for part in self.parts)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return how many positions are held; the same in every part."""
-        del layer_idx
-        return int(self.parts[0].get_seq_length())
+        """Return how many positions are held; the same in every part.
 
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """Return -1: no part's cache has a fixed length."""
-        del layer_idx
-        return -1
+        Raises:
+            ValueError: No layer counts positions: all of them are recurrent.
+        """
+        return int(self.parts[0].get_seq_length(layer_idx))
+
+    def activate_past_recording(self) -> None:
+        """Let every part keep what `crop` may need, until it is called."""
+        self._each("activate_past_recording")
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` positions in every part."""
+        """Forget the last `-tokens_to_remove` positions in every part (0 or less).
+
+        Raises:
+            ValueError: It is more than 0.
+            RuntimeError: A layer no longer has the positions before them (`activate_past_recording`
+                before the first step makes it keep them).
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes a negative number, that of the positions to forget; found"
+                f" {tokens_to_remove}"
+            )
         self._each("crop", tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -263,8 +307,8 @@ class ChainCache(Cache):
 
     def reset(self) -> None:
         """Forget everything in every part."""
-        self._each("reset")
         self._uneven = False
+        self._each("reset")
 
     def close(self) -> None:
         """End the sessions of parts that are elsewhere."""
@@ -278,7 +322,11 @@ class ChainCache(Cache):
         calls = [getattr(part, method, None) for part in self.parts]
         for part, call in zip(self.parts, calls, strict=True):
             if call is None:
-                raise NotImplementedError(f"{type(part).__name__} can't do {method}")
-        for call in calls:
-            if call is not None:
-                call(*args)
+                raise NotImplementedError(
+                    f"a {type(part).__name__} can't do {method}: with a part that is elsewhere,"
+                    " generate without beams, assistant_model and prompt_lookup_num_tokens"
+                )
+        with self.step():
+            for call in calls:
+                if call is not None:
+                    call(*args)

@@ -59,6 +59,14 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         self.generation_config = _generation_config(top)
         self.eval()  # type: ignore[no-untyped-call]  # transformers' override has no annotations
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a chain of copies; a part that is elsewhere is the same one in both."""
+        memo.update({id(part): part for part in self._middle if not isinstance(part, nn.Module)})
+        twin: Self = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
     @property
     def parts(self) -> tuple[Any, ...]:
         """Every part, in the order of the layers."""
@@ -182,6 +190,8 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
                     " split over parts; leave it out"
                 )
             model_kwargs[name] = self.new_cache()
+            if generation_config.is_assistant:  # it will have to take back what is not accepted
+                model_kwargs[name].activate_past_recording()
             return
         own: Any = super()
         own._prepare_cache_for_generation(  # noqa: SLF001 - HF's own, overridden here
@@ -192,7 +202,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         """Return the cache to fill, or `None`."""
         if given is None:
             return self.new_cache() if use_cache else None
-        if not isinstance(given, ChainCache) or len(given) != len(self.parts):
+        if not isinstance(given, ChainCache) or len(given.parts) != len(self.parts):
             raise ValueError(
                 f"past_key_values must come from this model's new_cache() or output, found"
                 f" {type(given).__name__}"

@@ -31,24 +31,32 @@ def auto_device_map(num_accelerators: int) -> dict[str, str]:
     return dict(_AUTO[min(num_accelerators, len(_AUTO) - 1)])
 
 
-def check_device(device: str | torch.device) -> torch.device:
+def check_device(device: str | torch.device | int) -> torch.device:
     """Return a device that exists on this machine.
 
     Raises:
-        ValueError: The name is no device, or the machine has none of that kind or number.
+        ValueError: It is no device, or the machine has none of that kind or number; names those
+            that it has.
     """
     try:
         resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {device!r}: use cpu, cuda, cuda:0, mps, …") from error
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+    except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f"device {device!s} is not there: this machine has {torch.cuda.device_count()} CUDA"
-            " device(s)"
-        )
-    if resolved.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device mps is not there: this machine has no Metal support")
+            f"unknown device {device!r}: this machine has {', '.join(devices_here())}"
+        ) from error
+    there = devices_here()
+    if resolved.type != "cpu" and f"{resolved.type}:{resolved.index or 0}" not in there:
+        raise ValueError(f"device {resolved} is not there: this machine has {', '.join(there)}")
     return resolved
+
+
+def devices_here() -> list[str]:
+    """Return the names of this machine's devices, such as `cpu` and `cuda:0`."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return ["cpu"]
+    numbers = range(torch.accelerator.device_count())
+    return ["cpu", *(f"{accelerator.type}:{number}" for number in numbers)]
 
 
 def resolve_devices(

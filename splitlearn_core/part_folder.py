@@ -33,9 +33,11 @@ from splitlearn_core.loading.materialize import Placement
 from splitlearn_core.loading.sources import SafetensorsSource
 from splitlearn_core.messages import in_one_line, short
 from splitlearn_core.plan import BOTTOM, FULL, TOP, TRUNK, ComponentSpec
+from splitlearn_core.regular_files import open_regular
 from splitlearn_core.shape import CONFIG_FILE, read_config
 from splitlearn_core.skeleton import load_config
 from splitlearn_core.uncertified import any_family
+from splitlearn_core.user_paths import user_path
 
 if TYPE_CHECKING:
     import torch
@@ -155,7 +157,7 @@ def load_part(
         CheckpointError: (a `ValueError`) The folder is damaged, or a file is not the one that the
             manifest was written for.
     """
-    folder = part_folder(path)
+    folder = _saved_folder(path)
     placement = Placement(check_device(device), as_dtype(dtype))
     manifest = check_part(folder) if verify_hashes else read_manifest(folder)
     find_family = any_family if allow_uncertified else family_of
@@ -191,7 +193,7 @@ def check_part(path: str | os.PathLike[str]) -> Manifest:
         CheckpointError: (a `ValueError`) A file is not the one that the manifest was written for;
             names it, with both hashes.
     """
-    folder = part_folder(path)
+    folder = _saved_folder(path)
     manifest = read_manifest(folder)
     for name, record in manifest.files.items():
         _check_hash(folder / name, record)
@@ -203,12 +205,20 @@ def saved_parts(folder: str | os.PathLike[str]) -> dict[ComponentSpec, Path]:
 
     Raises:
         ModelSourceError: (a `FileNotFoundError`) There is none.
-        CheckpointError: (a `ValueError`) One is damaged, or they don't follow one another.
+        CheckpointError: (a `ValueError`) One is damaged, two are the same part, or they don't
+            follow one another.
     """
-    folders = [path.parent for path in Path(folder).glob(f"*/{MANIFEST_FILE}")]
+    folders = [path.parent for path in user_path(folder).glob(f"*/{MANIFEST_FILE}")]
     if not folders:
         raise ModelSourceError(f"no saved parts in {folder}: no folder in it has a {MANIFEST_FILE}")
-    found = {read_manifest(path).spec: path for path in folders}
+    found: dict[ComponentSpec, Path] = {}
+    for path in sorted(folders):
+        first = found.setdefault(read_manifest(path).spec, path)
+        if first != path:
+            raise CheckpointError(
+                f"{first} and {path} hold the same part, {_describe(read_manifest(path).spec)}:"
+                " take one of them away"
+            )
     ordered = sorted(found, key=lambda spec: (spec.start_layer, spec.end_layer, spec.is_last))
     for before, after in pairwise(ordered):
         if before.end_layer != after.start_layer:
@@ -219,10 +229,32 @@ def saved_parts(folder: str | os.PathLike[str]) -> dict[ComponentSpec, Path]:
     return {spec: found[spec] for spec in ordered}
 
 
+def _describe(spec: ComponentSpec) -> str:
+    """Name a part and its layers."""
+    return f"{spec.name} [{spec.start_layer}, {spec.end_layer})"
+
+
 def part_folder(path: str | os.PathLike[str]) -> Path:
     """Return the folder that `path` means: itself, or for `…/trunk.pt` the folder `…/trunk`."""
-    folder = Path(path)
+    folder = user_path(path)
     return folder.with_suffix("") if folder.suffix in TORCH_SUFFIXES else folder
+
+
+def _saved_folder(path: str | os.PathLike[str]) -> Path:
+    """Return the folder of a saved part that `path` means.
+
+    Raises:
+        CheckpointError: (a `ValueError`) `…/trunk.pt` is a part's folder, and `…/trunk` another's.
+    """
+    named, meant = user_path(path), part_folder(path)
+    if named == meant or not (named / MANIFEST_FILE).is_file():
+        return meant
+    if (meant / MANIFEST_FILE).is_file():
+        raise CheckpointError(
+            f"{named} and {meant} both hold a saved part, and {named.name} may mean either: rename"
+            " one of them"
+        )
+    return named
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -243,7 +275,8 @@ def read_manifest(folder: Path) -> Manifest:
         )
     manifest = _parse_manifest(read_config(path), path)
     for name, record in manifest.files.items():
-        actual = files.fetch(name).stat().st_size
+        with open_regular(files.fetch(name)) as file:
+            actual = os.fstat(file.fileno()).st_size
         if actual != record.bytes:
             raise CheckpointError(
                 f"{folder / name} has {actual} bytes, the manifest says {record.bytes}"

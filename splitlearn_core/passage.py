@@ -6,6 +6,7 @@ and the first absent one is asked what it was given.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,7 @@ class Passage(threading.local):
         self, family: Family, spec: ComponentSpec, config: PreTrainedConfig, embedding_width: int
     ) -> None:
         self.embedding_width = embedding_width
+        self._config = config
         self._family = family
         self._spec = spec
         self._num_layers = int(config.get_text_config(decoder=True).num_hidden_layers)
@@ -86,6 +88,11 @@ class Passage(threading.local):
         self._made = {v.name for v in made_values(family, config, spec, self.dtype)}
         self._leaving: HiddenState | None = None
         self._rows: dict[str, list[torch.Tensor]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Passage:
+        """Return one for the copy of a part, with no forward running in it."""
+        config = copy.deepcopy(self._config, memo)
+        return Passage(self._family, self._spec, config, self.embedding_width)
 
     def begin(self, given: HiddenState | None, new: int, dtype: torch.dtype, cache: Any) -> None:
         """Take what a forward is given, before it runs."""

@@ -6,9 +6,11 @@ a Trunk with 8-23 and a Top with 24-27.  Each further point makes one more Trunk
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import SupportsIndex
 
 FULL = "full"
 BOTTOM = "bottom"
@@ -45,15 +47,34 @@ class ComponentSpec:
         return self.end_layer - self.start_layer
 
 
-def check_split_points(split_points: Iterable[int]) -> tuple[int, ...]:
+def layer_number(value: SupportsIndex) -> int:
+    """Return a whole number of any kind (numpy's, torch's) as Python's own.
+
+    Raises:
+        ValueError: It is none: a float, a truth value, text.
+    """
+    found = getattr(value, "dtype", type(value))
+    if not isinstance(value, SupportsIndex) or "bool" in str(found):
+        raise ValueError(f"split points must be layer numbers (integers), found {value!r}")
+    try:
+        return operator.index(value)
+    except TypeError as error:  # a tensor of floats, which has the method
+        raise ValueError(
+            f"split points must be layer numbers (integers), found {value!r}"
+        ) from error
+
+
+def check_split_points(split_points: Iterable[SupportsIndex]) -> tuple[int, ...]:
     """Return the points as a tuple, having checked all that can be without the model.
 
     Raises:
         ValueError: They are no integers, fewer than two, negative, or not in rising order.
     """
-    points = tuple(split_points)
-    if any(isinstance(p, bool) or not isinstance(p, int) for p in points):
-        raise ValueError(f"split points must be layer numbers (integers), found {list(points)!r}")
+    if not isinstance(split_points, Iterable):
+        raise ValueError(  # noqa: TRY004 - as for every bad split point
+            f"split points must be a list, as in [8, 24]; found {split_points!r}"
+        )
+    points = tuple(map(layer_number, split_points))
     if len(points) < 2:  # noqa: PLR2004 - a Bottom, a Trunk and a Top need two cuts
         raise ValueError(f"split points must be at least two, as in [8, 24]; found {list(points)}")
     if any(a >= b for a, b in pairwise(points)) or points[0] < 0:
@@ -72,7 +93,7 @@ class SplitPlan:
 
     @classmethod
     def from_split_points(
-        cls, num_layers: int, split_points: Iterable[int], *, allow_empty: bool = False
+        cls, num_layers: int, split_points: Iterable[SupportsIndex], *, allow_empty: bool = False
     ) -> SplitPlan:
         """Plan the parts between `split_points`.
 

@@ -144,7 +144,7 @@ def prune(model: PreTrainedModel, family: Family, spec: ComponentSpec) -> Passag
     if not spec.is_first:
         _let_in(layers, family, spec, passage)
     if not spec.is_last and spec.end_layer == len(layers):
-        layers[-1].register_forward_hook(lambda _, __, output: passage.leave_after_last(output))
+        layers[-1].register_forward_hook(partial(_leave, passage=passage))
     return passage
 
 
@@ -190,16 +190,31 @@ def _let_in(layers: nn.ModuleList, family: Family, spec: ComponentSpec, passage:
 
     Where there is no own layer, the last stub sees it.
     """
-
-    def replace_input(
-        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, number: int
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        call = Arguments(args, kwargs)
-        passage.enter(number, call)
-        return call.both
-
     first = min(spec.start_layer, len(layers) - 1)
     each = any(side.kind in {CONSTANT, LAYERWISE} for side in family.side)
     for number in range(first, spec.end_layer if each and spec.num_layers else first + 1):
-        hook = partial(replace_input, number=number)
+        hook = partial(_enter, passage=passage, number=number)
         layers[number].register_forward_pre_hook(hook, with_kwargs=True)
+
+
+# The hooks are partial functions, not closures: `copy.deepcopy` looks into those and gives the copy
+# of a part hooks with the copy of its passage; closures it would leave with the original's.
+
+
+def _enter(
+    _: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    passage: Passage,
+    number: int,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give layer `number` what was received for it."""
+    call = Arguments(args, kwargs)
+    passage.enter(number, call)
+    return call.both
+
+
+def _leave(_: nn.Module, __: tuple[Any, ...], output: Any, *, passage: Passage) -> None:
+    """Leave the forward with what the last layer returned."""
+    passage.leave_after_last(output)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from splitlearn_core.devices import check_device
 from splitlearn_core.dtypes import as_dtype
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.factory import ModelFactory, find_model, load_component
 from splitlearn_core.loading.files import local_config
 from splitlearn_core.loading.whole import load_whole_model
 from splitlearn_core.messages import in_one_line
-from splitlearn_core.plan import BOTTOM, TOP, check_split_points
+from splitlearn_core.plan import BOTTOM, TOP, check_split_points, layer_number
+from splitlearn_core.regular_files import open_regular
 
 if TYPE_CHECKING:
     import os
@@ -110,6 +112,7 @@ def load_full_model(
         transformers' model in evaluation mode, and its tokenizer (`None` where the folder has
         none).
     """
+    target = check_device("cpu" if device is None else device)
     found = find_model(
         model_name_or_path,
         cache_dir=cache_dir,
@@ -118,7 +121,7 @@ def load_full_model(
         allow_uncertified=allow_uncertified,
     )
     model = load_whole_model(found.files, found.config, as_dtype(dtype), found.family)
-    moved: PreTrainedModel = model.to("cpu" if device is None else device)  # type: ignore[arg-type]
+    moved: PreTrainedModel = model.to(target)  # type: ignore[arg-type]
     return moved, _tokenizer(found.files)
 
 
@@ -148,6 +151,8 @@ def _tokenizer(files: CheckpointFiles) -> Any:
     found = [name for name in (*wanted, "merges.txt", "tokenizer.model") if files.find(name)]
     if not found:
         return None
+    for name in found:
+        open_regular(files.fetch(name)).close()  # no git-lfs pointer, above all
     folder = local_config(files)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -193,6 +198,7 @@ def _load_end(
     shared = ("cache_dir", "revision", "token", "allow_uncertified")
     where = {key: options[key] for key in shared if key in options}
     layers = find_model(name, **where).num_layers
+    cut = layer_number(cut)
     if not 0 < cut < layers:
         raise ValueError(f"layer {cut} is out of range: the model has {layers} layers")
     points = (cut, layers) if component == BOTTOM else (0, cut)

@@ -10,32 +10,42 @@ import json
 import os
 import stat
 from collections import Counter
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.messages import short
+
+# How the text begins that git keeps in the place of a large file.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 # The index of the largest published checkpoints (100,000 tensors) has about 12 MB.
 MAX_JSON_BYTES = 32 * 1024 * 1024
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a file for reading.
 
     Raises:
         OSError: As `open` does.
-        CheckpointError: (a `ValueError`) It is a folder, a pipe, a device or a socket.
+        CheckpointError: (a `ValueError`) It is a folder, a pipe, a device or a socket; or a pointer
+            that git-lfs has not replaced yet.
     """
     try:
         file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 - handed out
     except OSError:
         refuse_unless_regular(path)
         raise
-    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        return file
-    file.close()
-    raise _not_regular(path)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise _not_regular(path)
+    if file.peek(len(_LFS_POINTER)).startswith(_LFS_POINTER):
+        file.close()
+        raise CheckpointError(
+            f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder"
+        )
+    return file
 
 
 def refuse_unless_regular(path: Path) -> None:

@@ -36,6 +36,7 @@ from splitlearn_core.part_folder import (
 from splitlearn_core.plan import SplitPlan
 from splitlearn_core.shape import CONFIG_FILE, read_config
 from splitlearn_core.tensor_writer import TensorSpec, write_tensors
+from splitlearn_core.user_paths import user_path
 
 if TYPE_CHECKING:
     import os
@@ -163,7 +164,7 @@ def split_checkpoint(
         allow_uncertified=allow_uncertified,
     )
     plan = SplitPlan.from_split_points(model.num_layers, split_points, allow_empty=allow_empty)
-    target = Path(out).expanduser().resolve()
+    target = user_path(out).resolve()
     _check_target(target, plan, force=force)
     with closing(open_source(model.files)) as source:
         outlines = _outlines(model, plan, source, wanted)

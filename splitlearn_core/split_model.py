@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from splitlearn_core.cache import PartCache
 from splitlearn_core.dtypes import dtype_name, main_dtype
 from splitlearn_core.errors import CacheMismatchError
 from splitlearn_core.families.family import SHARED
+from splitlearn_core.handover import Handover, check_ids
 from splitlearn_core.hidden_state import HiddenState
 from splitlearn_core.passage import HiddenStateLeaves
 from splitlearn_core.side_values import hidden_dtype, hidden_sizes, made_values, received_values
@@ -189,10 +191,12 @@ class SplitModel(nn.Module):
             `CausalLMOutputWithPast` from Top and the whole model.
 
         Raises:
-            ValueError: A value that must go with the hidden state was not given.
+            ValueError: The input is none that the part takes (names, shapes), lacks a value that
+                must go with the hidden state, or there is a second one.
             CacheMismatchError: (a `ValueError`) The cache is another part's, or `use_cache=True`
                 without one.
         """
+        self._check_inputs(inputs, kwargs)
         self._check_cache(past_key_values, use_cache)
         if not (self.spec.is_last or self._owns_sharing_layers):
             kwargs.pop("logits_to_keep", None)
@@ -301,7 +305,6 @@ class SplitModel(nn.Module):
             self._passage.begin(None, inputs.shape[1], dtype, cache)
         else:
             given = HiddenState.of(inputs)
-            self._check_given(given)
             dtype = dtype if self._needs_dtype else given.dtype
             arguments.update(self._placeholder(given, dtype))
             self._passage.begin(given, given.new, dtype, cache)
@@ -312,14 +315,22 @@ class SplitModel(nn.Module):
         finally:
             self._passage.end()
 
-    def _check_given(self, given: HiddenState) -> None:
-        """Refuse a hidden state without what must go with it."""
-        needed = {value.name for value in self.side_inputs} if self._family.side else set()
-        if missing := sorted(needed - given.side.keys()):
-            raise ValueError(
-                f"{self.component} needs {', '.join(missing)} besides the hidden state: give it"
-                " what the part before returned, as it is"
-            )
+    def _check_inputs(self, inputs: Any, others: dict[str, Any]) -> None:
+        """Refuse what can't be taken in, and what would be left out unseen."""
+        for name in ("input_ids", "inputs_embeds"):
+            if others.get(name) is not None:
+                raise ValueError(
+                    f"{self.component} takes its one input by position; {name} can't be given"
+                )
+        if self.spec.is_first:
+            check_ids(self.component, inputs)
+        else:
+            self._takes.check(inputs)
+
+    @cached_property
+    def _takes(self) -> Handover:
+        """What the part takes, if it is not the first."""
+        return Handover(self.component, self.hidden_shape, self.side_inputs)
 
     def _placeholder(self, given: HiddenState, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Return an input for the code before our layers to work on: zeros.

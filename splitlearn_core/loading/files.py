@@ -12,10 +12,16 @@ from splitlearn_core.errors import CheckpointError, ModelSourceError
 from splitlearn_core.messages import short
 from splitlearn_core.regular_files import refuse_unless_regular
 from splitlearn_core.shape import CONFIG_FILE
+from splitlearn_core.user_paths import user_path
 
 BUILTIN_PREFIX = "builtin:"
 CACHE_VARIABLE = "SPLITLEARN_CACHE_DIR"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+_MERGE = (
+    "merge it into its model first (merge_and_unload of peft, then save_pretrained), and split what"
+    " was saved"
+)
 _BUILTIN_FOLDER = Path(__file__).resolve().parent.parent / "builtin"
 
 
@@ -100,9 +106,9 @@ def _check_link(path: Path) -> None:
 def cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
     """Return where fetched files are kept: the argument, `$SPLITLEARN_CACHE_DIR`, or the user's."""
     if cache_dir is not None:
-        return Path(cache_dir)
+        return user_path(cache_dir)
     named = os.environ.get(CACHE_VARIABLE)
-    return Path(named) if named else user_cache_path("splitlearn")
+    return user_path(named) if named else user_cache_path("splitlearn")
 
 
 def find_files(
@@ -131,7 +137,7 @@ def find_files(
     _check_text(name)
     if name.startswith(BUILTIN_PREFIX):
         return FolderFiles(_builtin(name.removeprefix(BUILTIN_PREFIX)))
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         return FolderFiles(path)
     if path.is_file():
@@ -144,11 +150,35 @@ def find_files(
 
 
 def local_config(files: CheckpointFiles) -> Path:
-    """Return the folder on this machine that holds the model's `config.json`."""
+    """Return the folder on this machine that holds the model's `config.json`.
+
+    Raises:
+        ModelSourceError: (a `FileNotFoundError`) There is none.
+        CheckpointError: (a `ValueError`) An adapter lies beside it.
+    """
     path = files.find(CONFIG_FILE)
+    adapter = None if files.weights_file is not None else files.find(ADAPTER_CONFIG_FILE)
+    if adapter is not None:
+        raise _is_adapter(files) if path is None else _has_adapter(files)
     if path is None:
         raise ModelSourceError(f"no model in {files.description}: it has no {CONFIG_FILE}")
     return path.parent
+
+
+def _is_adapter(files: CheckpointFiles) -> ModelSourceError:
+    """Say that what lies there goes with a model, and is none."""
+    return ModelSourceError(
+        f"{files.description} holds a PEFT adapter ({ADAPTER_CONFIG_FILE}), no model: {_MERGE}"
+    )
+
+
+def _has_adapter(files: CheckpointFiles) -> CheckpointError:
+    """Say that transformers would make another model of what lies there than its weights alone."""
+    return CheckpointError(
+        f"{files.description} holds a PEFT adapter ({ADAPTER_CONFIG_FILE}) beside its model, with"
+        f" which transformers would load it: {_MERGE}.  Where the model is meant without the"
+        " adapter, take that file away"
+    )
 
 
 def _builtin(name: str) -> Path:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from splitlearn_core.plan import BOTTOM, TOP, TRUNK
+from splitlearn_core.user_paths import user_path
 
 MANIFEST_FILE = "splitlearn.json"
 
@@ -16,7 +17,7 @@ class StorageManager:
     @staticmethod
     def get_split_model_path(storage_path: str | os.PathLike[str], component: str) -> Path:
         """Return the folder of one part."""
-        return Path(storage_path) / component
+        return user_path(storage_path) / component
 
     @staticmethod
     def get_model_metadata_path(storage_path: str | os.PathLike[str], component: str) -> Path:

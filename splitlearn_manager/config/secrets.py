@@ -58,7 +58,8 @@ def _checked(text: str, key: str, origin: str) -> str:
 def _read_file(name: str) -> str:
     """Return what a token file holds."""
     try:
-        with Path(name).open(encoding="utf-8", errors="replace") as file:
+        path = Path(os.path.expanduser(name))  # noqa: PTH111 - raises nothing of its own
+        with path.open(encoding="utf-8", errors="replace") as file:
             mode = os.fstat(file.fileno()).st_mode
             if stat.S_ISREG(mode) and mode & (stat.S_IRGRP | stat.S_IROTH):
                 logger.warning("other users can read the token in %s; chmod 600 it", name)

@@ -88,7 +88,8 @@ def read_file(path: str | os.PathLike[str], make: Callable[[dict[str, Any]], T])
 def _read_bytes(source: str) -> bytes:
     """Return a file's content, reading no more than the cap, whatever the file claims to be."""
     try:
-        with Path(source).open("rb") as file:
+        path = Path(os.path.expanduser(source))  # noqa: PTH111 - raises nothing of its own
+        with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
         message = f"cannot read the file: {error.strerror or error}"

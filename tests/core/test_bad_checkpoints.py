@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from splitlearn_core import SplitModel
 from splitlearn_core.errors import CheckpointError, ModelSourceError, UnsupportedModelError
@@ -413,7 +414,6 @@ def test_what_else_lies_in_the_folder_is_left_alone(damaged: Callable[..., Any])
     folder = damaged("llama", config={"transformers_weights": "evil.safetensors"}).path
     for name in ("evil.safetensors", "shard-00001-model-00001-of-00001.safetensors"):
         save_file({"lm_head.weight": torch.zeros(1)}, folder / name)
-    (folder / "adapter_config.json").write_text("{")
 
     bottom, _, _ = load_split_model("llama", [2, 4], folder)
 
@@ -557,3 +557,84 @@ def test_a_manifest_that_is_a_pipe(part: Path) -> None:
 
     with pytest.raises(CheckpointError, match=r"splitlearn\.json is not a regular file"):
         SplitModel.load(part)
+
+
+# What is not, or not only, a model
+
+POINTER = (
+    "version https://git-lfs.github.com/spec/v1\n"
+    "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("low_memory", [True, False])
+def test_a_git_lfs_pointer_says_how_to_get_the_file(
+    name: str, low_memory: bool, damaged: Callable[..., Any]
+) -> None:
+    folder = damaged("llama").path
+    (folder / name).write_text(POINTER)
+
+    with pytest.raises(CheckpointError, match=f"{name} is a git-lfs pointer.*git lfs pull"):
+        load_split_model("auto", [2, 4], folder, low_memory=low_memory)
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model.safetensors.index.json", "tokenizer.json"]
+)
+def test_so_does_one_of_another_file(name: str, damaged: Callable[..., Any]) -> None:
+    folder = damaged("llama").path
+    (folder / name).write_text(POINTER)
+    if name != "tokenizer.json":
+        (folder / "model.safetensors").unlink()
+
+    with pytest.raises(CheckpointError, match=f"{name} is a git-lfs pointer.*git lfs pull"):
+        load_full_model(folder)
+
+
+def test_a_git_lfs_pointer_among_a_saved_parts_files(
+    make_checkpoint: Callable[..., Any], tmp_path: Path
+) -> None:
+    load_component(make_checkpoint("llama").path, "trunk", [2, 4]).save(tmp_path)
+    (tmp_path / "model.safetensors").write_text(POINTER)
+
+    with pytest.raises(CheckpointError, match="git lfs pull"):
+        SplitModel.load(tmp_path)
+
+
+# peft asks transformers by the older of two names.
+AS_PEFT_ASKS = "ignore:`is_gradient_checkpointing`:FutureWarning"
+
+
+def add_adapter(folder: Path) -> None:
+    """Put an adapter into a folder: one that peft makes, and that changes the model."""
+    peft = pytest.importorskip("peft", reason="an extra of development")
+    model = AutoModelForCausalLM.from_pretrained(folder.parent / "damaged")
+    lora = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(model, lora).save_pretrained(folder)
+
+
+@pytest.mark.filterwarnings(AS_PEFT_ASKS)
+def test_an_adapter_is_no_model(damaged: Callable[..., Any], tmp_path: Path) -> None:
+    damaged("llama")
+    add_adapter(tmp_path / "adapter")
+
+    with pytest.raises(ModelSourceError, match=r"PEFT adapter.*, no model.*merge_and_unload"):
+        load_component(tmp_path / "adapter", "trunk", [2, 4])
+
+
+@pytest.mark.filterwarnings(AS_PEFT_ASKS)
+def test_an_adapter_beside_a_model_is_not_left_out_unseen(damaged: Callable[..., Any]) -> None:
+    """Transformers loads it with the model, which then computes something else."""
+    folder = damaged("llama").path
+    ids = torch.arange(7)[None]
+    alone = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    add_adapter(folder)
+    assert not torch.equal(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, alone)
+
+    for load in (load_full_model, lambda path: load_split_model("auto", [2, 4], path)):
+        with pytest.raises(CheckpointError, match=r"adapter_config\.json\) beside its model"):
+            load(folder)
+
+    (folder / "adapter_config.json").unlink()
+    assert torch.equal(load_full_model(folder)[0](ids).logits, alone)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,6 +19,8 @@ from transformers import AutoModelForCausalLM
 from splitlearn_core import CheckpointError, ModelFactory, ModelRegistry, SplitModel
 from splitlearn_core.errors import ModelSourceError, UnsupportedModelError
 from splitlearn_core.factory import estimate_component, load_component
+from splitlearn_core.loading.files import cache_folder
+from splitlearn_core.part_folder import saved_parts
 from splitlearn_core.quickstart import (
     load_bottom_model,
     load_full_model,
@@ -399,10 +402,50 @@ def test_unknown_dtypes(dtype: Any, make_checkpoint: Callable[..., Any]) -> None
         load_component(make_checkpoint("llama").path, "full", dtype=dtype)
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "toaster"])
-def test_unknown_devices(device: str, make_checkpoint: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match="device"):
+@pytest.mark.parametrize(
+    "device", ["cuda:99", "toaster", "xpu:99", "hpu", "meta", None, True, 1.5, 99, ""], ids=repr
+)
+def test_unknown_devices(device: Any, make_checkpoint: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=r"device.* this machine has cpu"):
         load_component(make_checkpoint("llama").path, "full", device=device)
+
+
+def test_the_whole_model_goes_to_a_device_that_is_there(
+    make_checkpoint: Callable[..., Any],
+) -> None:
+    with pytest.raises(ValueError, match="this machine has cpu"):
+        load_full_model(make_checkpoint("llama").path, device="xpu:99")
+
+
+def test_an_end_takes_whole_numbers_alone(make_checkpoint: Callable[..., Any]) -> None:
+    path = make_checkpoint("llama").path
+
+    assert load_bottom_model("auto", np.int64(2), path).end_layer == 2
+    for cut in (2.0, True, "2"):
+        with pytest.raises(ValueError, match="must be layer numbers"):
+            load_top_model("auto", cut, path)  # type: ignore[arg-type]
+
+
+def test_the_home_stands_for_itself_wherever_a_path_is_given(
+    make_checkpoint: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(make_checkpoint("llama").path, tmp_path / "model")
+
+    part = load_component("~/model", "trunk", [2, 4])
+    part.save("~/saved/trunk")
+    SplitModel.load("~/saved/trunk.pt")
+    saved_parts("~/saved")
+    create = ModelFactory.create_split_models
+    create("auto", "~/model", 2, 4, parts=["top"], storage_path="~/auto", auto_save=True)
+
+    assert (tmp_path / "auto" / "top" / "splitlearn.json").is_file()
+    assert cache_folder("~/cache") == tmp_path / "cache"
+    assert not (tmp_path / "~").exists()
+    with pytest.raises(ModelSourceError, match="no such folder"):
+        load_component("~nobody-of-that-name/model", "full")
 
 
 def test_a_cache_of_another_part(make_checkpoint: Callable[..., Any]) -> None:

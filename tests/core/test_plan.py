@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
+import torch
 
 from splitlearn_core.plan import ComponentSpec, SplitPlan
 
@@ -41,10 +45,35 @@ def test_out_of_range_says_how_many_layers() -> None:
         SplitPlan.from_split_points(12, [2, 20])
 
 
-@pytest.mark.parametrize("points", [["2", 4], [True, 4], [2.0, 4]])
+@pytest.mark.parametrize(
+    "points",
+    [
+        ["2", 4],
+        [True, 4],
+        [2.0, 4],
+        [np.float32(2), 4],
+        [np.bool_(True), 4],
+        torch.tensor([False, True]),
+        torch.tensor([2.0, 4.0]),
+    ],
+    ids=str,
+)
 def test_points_that_are_no_integers(points: list[object]) -> None:
     with pytest.raises(ValueError, match="must be layer numbers"):
         SplitPlan.from_split_points(12, points)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("points", [np.array([2, 4]), [np.int64(2), 4], torch.tensor([2, 4])])
+def test_whole_numbers_of_any_kind_become_pythons(points: Any) -> None:
+    plan = SplitPlan.from_split_points(12, points)
+
+    assert plan == SplitPlan.from_split_points(12, [2, 4])
+    assert {type(spec.start_layer) for spec in plan.components} == {int}
+
+
+def test_one_number_is_no_list_of_points() -> None:
+    with pytest.raises(ValueError, match="must be a list"):
+        SplitPlan.from_split_points(12, 4)  # type: ignore[arg-type]
 
 
 def test_allow_empty_admits_the_ends() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -273,3 +274,94 @@ def test_a_plan_limits_what_has_no_fixed_size(checkpoint: Callable[[str], Path])
 
     assert first.bytes_per_token == second.bytes_per_token == 64 * 4 + 5 * 4
     assert first.reveals == {}
+
+
+def altered(given: HiddenState, name: str, change: Callable[[torch.Tensor], Any]) -> HiddenState:
+    return replace(given, side={**given.side, name: change(given.side[name])})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "change"),
+    [
+        ("deepseek_v4", "input_ids", lambda ids: ids[:1]),
+        ("deepseek_v4", "input_ids", lambda ids: ids[:, 1:]),
+        ("deepseek_v4", "input_ids", lambda ids: ids.float()),
+        ("deepseek_v4", "input_ids", lambda _: None),
+        ("glm_moe_dsa", "prev_topk_indices", lambda rows: rows[..., None]),
+        ("zaya", "prev_router_hidden_states", lambda rows: rows[..., :-1]),
+        ("gemma3n_text", "per_layer_input", lambda rows: rows[:, :, :1]),
+        ("gemma3n_text", "per_layer_input", lambda rows: rows[..., 1:]),
+    ],
+)
+def test_a_side_value_of_another_shape_is_named(
+    model_type: str, name: str, change: Any, checkpoint: Callable[[str], Path]
+) -> None:
+    bottom, trunk, _ = chain(checkpoint(model_type), [2, 4])
+    given = bottom(ids())
+    trunk(given)
+
+    with pytest.raises(ValueError, match=f"trunk needs {name} as .*, found"):
+        trunk(altered(given, name, change))
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_side_value_that_was_lost_is_named(
+    model_type: str, checkpoint: Callable[[str], Path]
+) -> None:
+    bottom, *later = chain(checkpoint(model_type), [2, 4])
+    given = bottom(ids())
+    for part in later:
+        for value in part.side_inputs:
+            others = {name: v for name, v in given.side.items() if name != value.name}
+            with pytest.raises(ValueError, match=f"{part.component} needs {value.name} besides"):
+                part(replace(given, side=others))
+        given = part(given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        torch.zeros(2, 7, 33),
+        torch.zeros(2, 7),
+        torch.zeros(7, 32),
+        torch.zeros(2, 7, 32, 1),
+        torch.zeros(2, 7, dtype=torch.long),
+        torch.zeros(2, 7, 32, dtype=torch.long),
+        (torch.zeros(2, 7, 32),),
+        None,
+    ],
+    ids=lambda given: str(tuple(getattr(given, "shape", (type(given).__name__,)))),
+)
+def test_what_is_no_hidden_state_of_the_model_is_refused(given: Any, tiny_checkpoint: Path) -> None:
+    _, trunk, top = chain(tiny_checkpoint, [2, 4])
+
+    for part in (trunk, top):
+        with pytest.raises(ValueError, match=f"{part.component} takes .*hidden state.*, found"):
+            part(given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        torch.zeros(2, 7),
+        torch.zeros(7, dtype=torch.long),
+        HiddenState(torch.zeros(2, 7, 32)),
+        [[1]],
+    ],
+    ids=["floats", "one row", "hidden state", "list"],
+)
+def test_bottom_takes_ids_alone(given: Any, tiny_checkpoint: Path) -> None:
+    bottom = chain(tiny_checkpoint, [2, 4])[0]
+
+    with pytest.raises(ValueError, match=r"bottom takes input_ids, int64 \[batch, new\]; found"):
+        bottom(given)
+
+
+def test_a_second_input_is_not_left_out_unseen(tiny_checkpoint: Path) -> None:
+    bottom, trunk, top = chain(tiny_checkpoint, [2, 4])
+    hidden = bottom(ids() % 97)
+
+    for part, given in ((bottom, ids() % 97), (trunk, hidden), (top, hidden)):
+        for name in ("inputs_embeds", "input_ids"):
+            with pytest.raises(ValueError, match=f"{part.component} .*{name} can't be given"):
+                part(given, **{name: hidden})
