@@ -14,9 +14,10 @@ import transformers
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
-from certifier import DifferenceError, certify  # noqa: E402 - from the folder above
+from certifier import DTYPES, DifferenceError, certify  # noqa: E402 - from the folder above
 from tiny_models import causal_types  # noqa: E402
 
+from splitlearn_core.dtypes import dtype_name  # noqa: E402
 from splitlearn_core.families import CERTIFIED  # noqa: E402
 from splitlearn_core.tracing import NotAChainError  # noqa: E402
 
@@ -44,7 +45,11 @@ def main() -> None:
     if arguments.update or not arguments.types:
         before = json.loads(OUT.read_text("utf-8"))["architectures"] if arguments.types else {}
         merged = dict(sorted({**before, **found}.items()))
-        result = {"transformers": transformers.__version__, "architectures": merged}
+        result = {
+            "transformers": transformers.__version__,
+            "dtypes": [dtype_name(dtype) for dtype in DTYPES],
+            "architectures": merged,
+        }
         OUT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -10,6 +10,7 @@ from splitlearn_core.dtypes import dtype_name
 from splitlearn_core.families import family_of
 from splitlearn_core.loading.materialize import Placement, materialize, plan_reads
 from splitlearn_core.loading.names import map_names
+from splitlearn_core.loading.precision import Dtypes
 from splitlearn_core.loading.stages import LoadStage, NeverBack, enter_stage
 from splitlearn_core.pruning import prune
 from splitlearn_core.skeleton import build_skeleton, check_tables
@@ -18,6 +19,7 @@ from splitlearn_core.split_model import SplitModel
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from splitlearn_core.families import Family
@@ -52,6 +54,7 @@ def draw(
     source: TensorSource,
     checkpoint: str,
     family: Family | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Blueprint:
     """Work out what a part needs, from names and headers alone.
 
@@ -61,12 +64,13 @@ def draw(
         source: Where the tensors are.
         checkpoint: Names the source in errors.
         family: How the architecture is built; looked up by the config's type when left out.
+        dtype: What weights are cast to; `None` keeps what is stored.
 
     Raises:
         CheckpointError: The source lacks a tensor, has one of the wrong shape or kind, or a
             stranger; or the config makes no model.
     """
-    return next(draw_each(config, (spec,), source, checkpoint, family))
+    return next(draw_each(config, (spec,), source, checkpoint, family, dtype))
 
 
 def draw_each(
@@ -75,20 +79,52 @@ def draw_each(
     source: TensorSource,
     checkpoint: str,
     family: Family | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[Blueprint]:
     """Work out what each of some parts needs, when its turn comes; otherwise as `draw`.
 
     The checkpoint's names are looked through once, which is most of the work where they are many.
     """
-    family = family or family_of(config.model_type)
-    names: NameMap | None = None
-    for spec in specs:
-        model = build_skeleton(copy.deepcopy(config), checkpoint)
-        names = names or map_names(model, source.names(), checkpoint)
-        passage = prune(model, family, spec)
-        check_tables(model, checkpoint)
-        reads = plan_reads(model, names, source, checkpoint, getattr(config, "dtype", None))
-        yield Blueprint(model, family, passage, reads)
+    drawer = _Drawer(config, source, checkpoint, family or family_of(config.model_type), dtype)
+    return map(drawer.draw, specs)
+
+
+class _Drawer:
+    """Draws parts of one model."""
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        source: TensorSource,
+        checkpoint: str,
+        family: Family,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self._config = config
+        self._source = source
+        self._checkpoint = checkpoint
+        self._family = family
+        self._dtypes = Dtypes.guess(dtype, getattr(config, "dtype", None))
+        self._names: NameMap | None = None
+
+    def draw(self, spec: ComponentSpec) -> Blueprint:
+        """Draw one: a second time where its tensors turn out to want another dtype."""
+        blueprint = self._draw(spec)
+        dtypes = self._dtypes.rebuilt_as(blueprint.reads.dtype)
+        if dtypes == self._dtypes:
+            return blueprint
+        self._dtypes = dtypes
+        return self._draw(spec)
+
+    def _draw(self, spec: ComponentSpec) -> Blueprint:
+        config = copy.deepcopy(self._config)
+        model = build_skeleton(config, self._checkpoint, self._dtypes.built_as)
+        if self._names is None:
+            self._names = map_names(model, self._source.names(), self._checkpoint)
+        passage = prune(model, self._family, spec)
+        check_tables(model, self._checkpoint)
+        reads = plan_reads(model, self._names, self._source, self._checkpoint, self._dtypes)
+        return Blueprint(model, self._family, passage, reads)
 
 
 def build_part(
@@ -119,12 +155,12 @@ def build_part(
         CheckpointError: (a `ValueError`) The source lacks a tensor, has one of the wrong shape,
             or one that nothing has a place for; names them all.
     """
-    blueprint = draw(config, spec, source, checkpoint, family)
+    blueprint = draw(config, spec, source, checkpoint, family, placement.dtype)
     model = blueprint.model
     report = NeverBack(progress) if progress is not None else None
     source.prepare(blueprint.reads.stored, report)
     enter_stage(report, LoadStage.READING)
     materialize(model, blueprint.reads, source, placement, report)
     part = SplitModel(model, spec, blueprint.family, blueprint.passage)
-    model.config.dtype = dtype_name(part.dtype)
+    model.config.dtype = dtype_name(blueprint.reads.dtype)
     return part

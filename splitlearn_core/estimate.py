@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from splitlearn_core.loading.ahead import AT_ONCE
+from splitlearn_core.skeleton import computed_tables
 
 if TYPE_CHECKING:
+    from splitlearn_core.builder import Blueprint
     from splitlearn_core.loading.materialize import Placement
-    from splitlearn_core.loading.sources import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,18 @@ class MemoryEstimate:
         return MemoryEstimate(peak, steady)
 
 
-def estimate_tensors(stored: Iterable[StoredTensor], placement: Placement) -> MemoryEstimate:
-    """Add up what stored tensors will take, once they are placed.
+def estimate_part(blueprint: Blueprint, placement: Placement) -> MemoryEstimate:
+    """Add up what a part will take: stored tensors once they are placed, and computed ones.
+
+    A stored tensor counts once, however many of the model's tensors it gives values to.  A computed
+    one is there twice while it is copied to its place, when the stored ones have passed.
 
     Args:
-        stored: Each of them once, however many of the model's tensors it gives values to.
-        placement: Device, dtype, and whether they may stay mapped.
+        blueprint: The part.
+        placement: Device, and whether weights may stay mapped.
     """
-    steady = 0
-    largest_passing = 0
-    for tensor in stored:
-        final = placement.final_dtype(tensor)
-        steady += tensor.nbytes // tensor.dtype.itemsize * final.itemsize
-        if tensor.nbytes > largest_passing and placement.copies(tensor):
-            largest_passing = tensor.nbytes
-    return MemoryEstimate(steady + AT_ONCE * largest_passing, steady)
+    stored = blueprint.reads.stored.values()
+    tables = [table.nbytes for table in computed_tables(blueprint.model)]
+    steady = sum(tensor.final_nbytes for tensor in stored) + sum(tables)
+    largest = max((t.nbytes for t in stored if placement.copies(t)), default=0)
+    return MemoryEstimate(steady + max(AT_ONCE * largest, *tables, 0), steady)

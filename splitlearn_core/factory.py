@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from splitlearn_core.builder import build_part, draw
 from splitlearn_core.devices import check_device, resolve_devices
 from splitlearn_core.dtypes import as_dtype
-from splitlearn_core.estimate import MemoryEstimate, estimate_tensors
+from splitlearn_core.estimate import MemoryEstimate, estimate_part
 from splitlearn_core.families import KNOWN_TYPES, Family, family_of
 from splitlearn_core.loading.files import CheckpointFiles, find_files, local_config
 from splitlearn_core.loading.generation import generation_config_for
@@ -204,8 +204,10 @@ def estimate_component(
     )
     spec = _spec(model, component, split_points, allow_empty=allow_empty)
     with closing(open_source(model.files)) as source:
-        blueprint = draw(model.config, spec, source, model.description, model.family)
-        return estimate_tensors(blueprint.reads.stored.values(), placement)
+        blueprint = draw(
+            model.config, spec, source, model.description, model.family, placement.dtype
+        )
+    return estimate_part(blueprint, placement)
 
 
 def _spec(

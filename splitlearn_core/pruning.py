@@ -62,8 +62,12 @@ class AbsentEmbedding(AbsentModule):
     """Stands where another part's embedding was; what it returns is never used."""
 
     def forward(self, *_: Any, **__: Any) -> torch.Tensor:
-        """Return zeros [1, 1, width], which can be added to any hidden state."""
-        return torch.zeros(1, 1, self.embedding_dim)
+        """Return zeros [1, 1, width], which can be added to any hidden state.
+
+        They have the table's dtype: another would change that of the sum.
+        """
+        table: Any = self.real
+        return torch.zeros(1, 1, self.embedding_dim, dtype=table.weight.dtype)
 
 
 class AbsentTable(AbsentModule):

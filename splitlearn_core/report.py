@@ -17,17 +17,13 @@ from splitlearn_core.builder import draw_each
 from splitlearn_core.devices import check_device, resolve_devices
 from splitlearn_core.dtypes import as_dtype, dtype_name, main_dtype
 from splitlearn_core.errors import DoesNotFitError
-from splitlearn_core.estimate import estimate_tensors
+from splitlearn_core.estimate import estimate_part
 from splitlearn_core.factory import AUTO, find_model
-from splitlearn_core.headers import INDEX_FILE, SINGLE_FILE, read_index
 from splitlearn_core.kv_cache import kv_bytes_per_token
 from splitlearn_core.loading.files import local_config
-from splitlearn_core.loading.hub import HubFiles
-from splitlearn_core.loading.hub_parts import HubParts
 from splitlearn_core.loading.hub_source import HubSource
 from splitlearn_core.loading.materialize import Placement
 from splitlearn_core.loading.opening import open_source
-from splitlearn_core.loading.ranges import Located
 from splitlearn_core.machine import cuda_memory, host_memory
 from splitlearn_core.plan import FULL, SplitPlan
 from splitlearn_core.shape import read_shape
@@ -40,7 +36,6 @@ if TYPE_CHECKING:
     from splitlearn_core.builder import Blueprint
     from splitlearn_core.devices import DeviceMap
     from splitlearn_core.factory import OpenModel
-    from splitlearn_core.loading.files import CheckpointFiles
     from splitlearn_core.loading.sources import StoredTensor, TensorSource
     from splitlearn_core.plan import ComponentSpec
     from splitlearn_core.side_values import CrossingValue
@@ -218,7 +213,8 @@ def _report(
     specs = (*plan.components, plan.component(FULL))
     with closing(open_source(model.files)) as source:
         reporter = _Reporter(model, source, memory)
-        drawn = draw_each(model.config, specs, source, model.description, model.family)
+        dtype = placements[FULL].dtype
+        drawn = draw_each(model.config, specs, source, model.description, model.family, dtype)
         *parts, whole = [
             reporter.part(spec, blueprint, placements[spec.name])
             for spec, blueprint in zip(specs, drawn, strict=True)
@@ -254,8 +250,8 @@ class _Reporter:
     def part(self, spec: ComponentSpec, blueprint: Blueprint, placement: Placement) -> PartReport:
         """Report one part, or the whole model."""
         stored = blueprint.reads.stored
-        estimate = estimate_tensors(stored.values(), placement)
-        self.dtype = _final_dtype(stored.values(), placement)
+        estimate = estimate_part(blueprint, placement)
+        self.dtype = _final_dtype(stored.values())
         itemsize = self.dtype.itemsize
         memory = self._memory_of(spec, placement.device)
         sent, returned = _beside(self._model, spec, self.dtype)
@@ -267,7 +263,7 @@ class _Reporter:
             device=str(placement.device),
             parameters=sum(p.numel() for p in blueprint.model.parameters()),
             disk_bytes=blueprint.reads.nbytes,
-            download_bytes=_missing(self._model.files, self._source, stored),
+            download_bytes=self._missing(stored),
             peak_bytes=estimate.peak_bytes,
             steady_bytes=estimate.steady_bytes,
             kv_bytes_per_token=kv_bytes_per_token(
@@ -279,6 +275,14 @@ class _Reporter:
             fits=estimate.peak_bytes <= memory,
         )
 
+    def _missing(self, stored: Iterable[str]) -> int:
+        """Return how many bytes of a part are not on this machine yet.
+
+        Files that can't be read in ranges are fetched whole, before their headers are.
+        """
+        source = self._source
+        return source.missing_bytes(stored) if isinstance(source, HubSource) else 0
+
     def _memory_of(self, spec: ComponentSpec, device: torch.device) -> int:
         """Return all the memory that a part can have; the whole model is always planned here."""
         if self._memory is not None and spec.name != FULL:
@@ -286,9 +290,9 @@ class _Reporter:
         return cuda_memory(device.index or 0).total if device.type == "cuda" else self.host.total
 
 
-def _final_dtype(stored: Iterable[StoredTensor], placement: Placement) -> torch.dtype:
+def _final_dtype(stored: Iterable[StoredTensor]) -> torch.dtype:
     """Return the dtype that most of a part's weights will have."""
-    final = [(placement.final_dtype(t), math.prod(t.shape)) for t in stored]
+    final = [(t.final_dtype, math.prod(t.shape)) for t in stored]
     return main_dtype(final) or final[0][0]
 
 
@@ -336,23 +340,6 @@ def _add(hidden: int, beside: Iterable[CrossingValue]) -> int | None:
     """Add up bytes for each token; `None` where one has no limit."""
     found = [value.bytes_per_token for value in beside]
     return None if None in found else hidden + sum(n for n in found if n is not None)
-
-
-def _missing(files: CheckpointFiles, source: TensorSource, stored: Iterable[str]) -> int:
-    """Return how many bytes of a part are not on this machine yet."""
-    if not (isinstance(files, HubFiles) and isinstance(source, HubSource)):
-        return 0  # files that can't be read in ranges are fetched whole, before their headers are
-    index = files.find(INDEX_FILE)
-    places = read_index(index) if index else {}
-    wanted = {name: places.get(name, SINGLE_FILE) for name in stored}
-    remote = {file for file in set(wanted.values()) if files.local(file) is None}
-    parts = HubParts(files)
-    headers = {file: parts.header(file) or {} for file in remote}
-    located = {
-        name: Located(file, headers[file][name]) for name, file in wanted.items() if file in remote
-    }
-    held = files.parts.held(located)
-    return sum(tensor.info.nbytes for name, tensor in located.items() if name not in held)
 
 
 def _misfits(report: PlanReport) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from splitlearn_core.default_dtype import own_default_dtype
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.families import family_of
 from splitlearn_core.messages import in_one_line
@@ -75,23 +76,28 @@ def load_config(folder: Path, find_family: FindFamily = family_of) -> PreTrained
     return config
 
 
-def build_skeleton(config: PreTrainedConfig, checkpoint: str = "the config") -> PreTrainedModel:
+def build_skeleton(
+    config: PreTrainedConfig,
+    checkpoint: str = "the config",
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
     """Build the whole `…ForCausalLM` of `config` on the meta device: no memory for any weight.
 
-    It is built as float32, torch's default, whatever the weights are: another dtype would have to
-    be made torch's default for the whole process, under the forwards of other threads.  The
-    parameters get their dtype with their values.
+    Every parameter and buffer has the dtype that transformers builds it with, but for what an
+    architecture keeps in float32 (see `loading/precision.py`).  Forwards of other threads notice
+    nothing.
 
     Args:
-        config: The whole model's.
+        config: The whole model's; gets the dtype.
         checkpoint: Names its origin in errors.
+        dtype: Of whatever no module says otherwise of.
 
     Raises:
         CheckpointError: (a `ValueError`) No model can be built of the config.
     """
     try:
-        with building, torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with building, own_default_dtype(), torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:
         # sizes that don't go together are noticed by whichever line first trips over them
         raise CheckpointError(
@@ -101,14 +107,19 @@ def build_skeleton(config: PreTrainedConfig, checkpoint: str = "the config") -> 
     return model
 
 
+def computed_tables(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Return the buffers that no checkpoint stores: they are computed from the config."""
+    stored = model.state_dict().keys()
+    return [buffer for name, buffer in model.named_buffers() if name not in stored]
+
+
 def check_tables(model: PreTrainedModel, checkpoint: str) -> None:
     """Refuse a model on meta whose computed tables would take more memory than any model's do.
 
     Raises:
         CheckpointError: (a `ValueError`) They would; says how much.
     """
-    stored = model.state_dict().keys()
-    nbytes = sum(b.nbytes for name, b in model.named_buffers() if name not in stored)
+    nbytes = sum(table.nbytes for table in computed_tables(model))
     if nbytes > MAX_TABLE_BYTES:
         raise CheckpointError(
             f"{checkpoint}: tables of the sizes in {CONFIG_FILE} would take {nbytes:,} bytes, the"

@@ -25,7 +25,6 @@ from splitlearn_core.errors import SplitLearnError, StorageError
 from splitlearn_core.factory import AUTO, find_model
 from splitlearn_core.headers import SINGLE_FILE
 from splitlearn_core.loading.files import local_config
-from splitlearn_core.loading.materialize import Placement
 from splitlearn_core.loading.opening import open_source
 from splitlearn_core.part_folder import (
     MANIFEST_FILE,
@@ -91,11 +90,19 @@ class WrittenPart:
 
 @dataclass(frozen=True)
 class _Outline:
-    """A part before it is written: which tensors go into its file, and how."""
+    """A part before it is written: which tensors go into its file, and how.
+
+    Attributes:
+        spec: Which part.
+        num_parameters: Number of weights.
+        tensors: The file's, by name.
+        built_as: The dtype that the part is built with, which its config names.
+    """
 
     spec: ComponentSpec
     num_parameters: int
     tensors: dict[str, TensorSpec]
+    built_as: torch.dtype
 
     @property
     def dtype(self) -> torch.dtype:
@@ -226,23 +233,22 @@ def _outlines(
     model: OpenModel, plan: SplitPlan, source: TensorSource, dtype: torch.dtype | None
 ) -> list[_Outline]:
     """Work out from headers what the parts' files will hold."""
-    drawn = draw_each(model.config, plan.components, source, model.description, model.family)
+    drawn = draw_each(model.config, plan.components, source, model.description, model.family, dtype)
     return [
         _Outline(
             spec,
             sum(parameter.numel() for parameter in blueprint.model.parameters()),
-            _tensors(blueprint.reads, dtype),
+            _tensors(blueprint.reads),
+            blueprint.reads.dtype,
         )
         for spec, blueprint in zip(plan.components, drawn, strict=True)
     ]
 
 
-def _tensors(reads: PartReads, dtype: torch.dtype | None) -> dict[str, TensorSpec]:
+def _tensors(reads: PartReads) -> dict[str, TensorSpec]:
     """Return what becomes of the stored tensors that a part needs."""
-    placement = Placement(torch.device("cpu"), dtype)
     return {
-        name: TensorSpec(placement.final_dtype(stored), stored.shape)
-        for name, stored in reads.stored.items()
+        name: TensorSpec(stored.final_dtype, stored.shape) for name, stored in reads.stored.items()
     }
 
 
@@ -288,7 +294,7 @@ def _write_part(
 ) -> Manifest:
     """Write a part's folder, its manifest last."""
     folder.mkdir()
-    _write_config(local_config(model.files) / CONFIG_FILE, folder, outline.dtype)
+    _write_config(local_config(model.files) / CONFIG_FILE, folder, outline.built_as)
     weights = write_tensors(folder / SINGLE_FILE, outline.tensors, read)
     if outline.spec.is_first or outline.spec.is_last:
         _copy_text_files(model.files, folder)
@@ -307,7 +313,7 @@ def _write_part(
 
 
 def _write_config(original: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Copy the config, with the dtype that the part has."""
+    """Copy the config, with the dtype that the part is built with."""
     config = read_config(original)
     config.pop("torch_dtype", None)  # the older name of the same
     config["dtype"] = dtype_name(dtype)

@@ -67,7 +67,7 @@ class StreamedModel:
             CheckpointError: The checkpoint is damaged or incomplete.
         """
         whole = SplitPlan.whole(num_layers).component(FULL)
-        blueprint = draw(config, whole, source, checkpoint, family)
+        blueprint = draw(config, whole, source, checkpoint, family, placement.dtype)
         self.model = blueprint.model
         self._source = source
         self._placement = placement
@@ -75,7 +75,7 @@ class StreamedModel:
         self._groups = _group_by_layer(blueprint.reads, layers, set(kept))
         self._held = _ENDS
         self._load(_ENDS)
-        self.model.config.dtype = dtype_name(self.dtype)
+        self.model.config.dtype = dtype_name(blueprint.reads.dtype)
         for number, layer in enumerate(self.model.get_submodule(layers).children()):
             layer.register_forward_pre_hook(lambda *_, number=number: self._hold(number))
 
@@ -176,4 +176,4 @@ def _some(reads: PartReads, recipes: dict[str, Any]) -> PartReads:
     """Return a part of what is to be read."""
     names = {name for recipe in recipes.values() for name in recipe.stored}
     stored = {name: reads.stored[name] for name in reads.stored if name in names}
-    return PartReads(recipes, stored, reads.ties)
+    return PartReads(recipes, stored, reads.ties, reads.dtype)

@@ -33,7 +33,7 @@ from splitlearn_core.builder import build_part, draw
 from splitlearn_core.causal_lm import SplitCausalLM
 from splitlearn_core.devices import check_device
 from splitlearn_core.dtypes import as_dtype, dtype_name
-from splitlearn_core.estimate import estimate_tensors
+from splitlearn_core.estimate import estimate_part
 from splitlearn_core.factory import AUTO, find_model
 from splitlearn_core.loading.files import local_config
 from splitlearn_core.loading.materialize import Placement
@@ -419,8 +419,10 @@ def _choose(model: OpenModel, placement: Placement) -> tuple[bool, str]:
     """Decide whether the unsplit model fits, and say why."""
     whole = SplitPlan.whole(model.num_layers).component(FULL)
     with closing(open_source(model.files)) as source:
-        blueprint = draw(model.config, whole, source, model.description, model.family)
-    needed = estimate_tensors(blueprint.reads.stored.values(), placement).peak_bytes
+        blueprint = draw(
+            model.config, whole, source, model.description, model.family, placement.dtype
+        )
+    needed = estimate_part(blueprint, placement).peak_bytes
     on_host = placement.device.type != "cuda"
     memory = host_memory() if on_host else cuda_memory(placement.device.index or 0)
     figures = f"the whole model needs {needed:,} bytes, {memory.available:,} are available"

@@ -2,7 +2,7 @@
 
 `certified.json` has an entry for every type of causal language model that transformers has: how it
 is built, as its own forward showed, and whether its parts were found to equal the unsplit model to
-the bit.  `scripts/certify` writes it.
+the bit, in each of the dtypes that it names.  `scripts/certify` writes it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ from splitlearn_core.errors import UnsupportedModelError
 from splitlearn_core.families.family import Family
 from splitlearn_core.messages import short
 
-__all__ = ["CERTIFIED", "KNOWN_TYPES", "Architecture", "Family", "architectures", "family_of"]
+__all__ = [
+    "CERTIFIED",
+    "KNOWN_TYPES",
+    "Architecture",
+    "Family",
+    "architectures",
+    "certified_dtypes",
+    "family_of",
+]
 
 CERTIFIED = "certified"
 FLAG = "allow_uncertified=True, or --allow-uncertified,"
@@ -43,10 +51,22 @@ class Architecture:
 
 
 @cache
+def _table() -> dict[str, Any]:
+    """Read `certified.json`."""
+    text = files(__package__).joinpath("certified.json").read_text(encoding="utf-8")
+    table: dict[str, Any] = json.loads(text)
+    return table
+
+
+def certified_dtypes() -> tuple[str, ...]:
+    """Return the dtypes in which every certified type was compared with the unsplit model."""
+    return tuple(_table()["dtypes"])
+
+
+@cache
 def architectures() -> Mapping[str, Architecture]:
     """Return every known type, as the suite last certified it."""
-    text = files(__package__).joinpath("certified.json").read_text(encoding="utf-8")
-    entries: dict[str, Any] = json.loads(text)["architectures"]
+    entries: dict[str, Any] = _table()["architectures"]
     return MappingProxyType(
         {
             name: Architecture(

@@ -95,6 +95,14 @@ class HubSource:
         tensor: torch.Tensor = self._open[path].get_tensor(name)
         return tensor
 
+    def missing_bytes(self, names: Iterable[str]) -> int:
+        """Return how many bytes of some tensors are not on this machine yet."""
+        wanted = {name: self._located(name) for name in names}
+        here = self._whole_files(wanted)
+        remote = {name: located for name, located in wanted.items() if located.file not in here}
+        held = self._files.parts.held(remote)
+        return sum(located.info.nbytes for name, located in remote.items() if name not in held)
+
     def where(self, name: str) -> str:
         """Return the file that holds a tensor."""
         return self._files.describe(self._weight_map[name])

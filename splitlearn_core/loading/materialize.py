@@ -22,13 +22,14 @@ from splitlearn_core.errors import CheckpointError
 from splitlearn_core.headers import listed
 from splitlearn_core.loading.ahead import ahead
 from splitlearn_core.loading.conversion import check_conversions, convert
-from splitlearn_core.loading.precision import settle_dtypes
+from splitlearn_core.loading.precision import settle_each
 from splitlearn_core.skeleton import initialise_buffers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from splitlearn_core.loading.names import NameMap, Recipe
+    from splitlearn_core.loading.precision import Dtypes
     from splitlearn_core.loading.sources import StoredTensor, TensorSource
     from splitlearn_core.loading.stages import Progress
 
@@ -42,7 +43,8 @@ class Placement:
 
     Attributes:
         device: Where it goes.
-        dtype: What it is cast to; `None` keeps what is stored, as `precision.py` has it.
+        dtype: What is asked for; `None` keeps what is stored.  `precision.py` has what becomes of
+            each tensor.
         mmap: Whether it may stay a view of the mapped file.
     """
 
@@ -50,14 +52,10 @@ class Placement:
     dtype: torch.dtype | None = None
     mmap: bool = True
 
-    def final_dtype(self, stored: StoredTensor) -> torch.dtype:
-        """Return the dtype that a stored tensor ends up with."""
-        return stored.final_dtype(self.dtype)
-
     def copies(self, stored: StoredTensor) -> bool:
         """Whether a stored tensor needs memory of its own."""
         stays = self.mmap and self.device.type == "cpu"
-        return not stays or self.final_dtype(stored) is not stored.dtype
+        return not stays or stored.final_dtype is not stored.dtype
 
 
 @dataclass(frozen=True)
@@ -68,11 +66,13 @@ class PartReads:
         recipes: The part's tensor -> how it gets its values.
         stored: The checkpoint's name -> what is known of that tensor, for all that are needed.
         ties: The part's tensor -> the one that it shares its values with.
+        dtype: The one that the part is built with; single tensors may have another.
     """
 
     recipes: Mapping[str, Recipe]
     stored: Mapping[str, StoredTensor]
     ties: Mapping[str, str]
+    dtype: torch.dtype
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +92,7 @@ def plan_reads(
     names: NameMap,
     source: TensorSource,
     checkpoint: str,
-    dtype: torch.dtype | None = None,
+    dtypes: Dtypes,
 ) -> PartReads:
     """Return what `part` (pruned, on meta) needs from `source`.
 
@@ -101,7 +101,7 @@ def plan_reads(
         names: From `map_names`.
         source: Where the tensors are.
         checkpoint: Names it in errors.
-        dtype: The one that the model's config names.
+        dtypes: What is known of them so far.
 
     Raises:
         CheckpointError: Tensors are missing, of another shape than the config says, or strangers;
@@ -117,8 +117,9 @@ def plan_reads(
             f" {listed(names.unknown)}"
         )
     stored = {name: source.info(name) for recipe in recipes.values() for name in recipe.stored}
-    stored = settle_dtypes(part, recipes.values(), stored, source, dtype)
-    reads = PartReads(recipes, stored, names.ties)
+    dtype = dtypes.settle(stored, source)
+    stored = settle_each(part, recipes, stored, dtypes.built_as, dtype)
+    reads = PartReads(recipes, stored, names.ties, dtype)
     _check_fit(targets, reads, source)
     check_conversions(part, recipes.values(), stored, source)
     return reads
@@ -219,7 +220,7 @@ def _jobs(
 ) -> Iterator[Callable[[], torch.Tensor]]:
     """Open stored tensors one by one, and yield what brings each where it is wanted."""
     for name in names:
-        dtype = placement.final_dtype(reads.stored[name])
+        dtype = reads.stored[name].final_dtype
         yield partial(_place, source.read(name), placement, dtype)
 
 

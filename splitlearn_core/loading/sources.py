@@ -40,22 +40,23 @@ class StoredTensor:
         dtype: As it is stored.
         shape: Sizes of its dimensions.
         nbytes: As it is stored.
-        common: What it becomes where no dtype is asked for; `None`: it stays as it is.
-        float32_in: Among weights of these dtypes it is one that stays float32.
+        becomes: The dtype that it is to have in a part; `None`: its own.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     nbytes: int
-    common: torch.dtype | None = None
-    float32_in: frozenset[torch.dtype] = frozenset()
+    becomes: torch.dtype | None = None
 
-    def final_dtype(self, wanted: torch.dtype | None) -> torch.dtype:
-        """Return the dtype that it ends up with, where `wanted` (or none) is asked for."""
-        if not self.dtype.is_floating_point:
-            return self.dtype
-        dtype = wanted or self.common or self.dtype
-        return torch.float32 if dtype in self.float32_in else dtype
+    @property
+    def final_dtype(self) -> torch.dtype:
+        """The dtype that it ends up with."""
+        return self.becomes or self.dtype
+
+    @property
+    def final_nbytes(self) -> int:
+        """Its size once it has that."""
+        return self.nbytes // self.dtype.itemsize * self.final_dtype.itemsize
 
 
 def stored_as(info: TensorInfo) -> StoredTensor:
@@ -177,9 +178,19 @@ class SafetensorsSource:
 
 
 class StateDictSource:
-    """Tensors that are already in memory: a whole model's state dict."""
+    """Tensors that are already in memory: a whole model's state dict.
 
-    def __init__(self, state_dict: Mapping[str, torch.Tensor], description: str) -> None:
+    Attributes:
+        dtype: The one that the model was built with, where that is known.
+    """
+
+    def __init__(
+        self,
+        state_dict: Mapping[str, torch.Tensor],
+        description: str,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.dtype = dtype
         self._tensors = dict(state_dict)
         self._description = description
 

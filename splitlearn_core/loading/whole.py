@@ -7,6 +7,8 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.builder import draw
+from splitlearn_core.default_dtype import own_default_dtype
+from splitlearn_core.dtypes import as_dtype
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.headers import listed
 from splitlearn_core.loading.generation import read_generation_config
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 
     from splitlearn_core.families import Family
     from splitlearn_core.loading.files import CheckpointFiles
-    from splitlearn_core.loading.materialize import PartReads
 
 
 def open_whole_model(
@@ -42,7 +43,8 @@ def open_whole_model(
         CheckpointError: (a `ValueError`) Tensors are missing, of the wrong shape or kind, or
             strangers, where transformers would go on without, or with random ones.
     """
-    return StateDictSource(_load(files, config, dtype, family).state_dict(), files.description)
+    model = _load(files, config, dtype, family)
+    return StateDictSource(model.state_dict(), files.description, as_dtype(model.config.dtype))
 
 
 def load_whole_model(
@@ -81,15 +83,15 @@ def _load(
     num_layers = config.get_text_config(decoder=True).num_hidden_layers
     spec = SplitPlan.whole(num_layers).component(FULL)
     with closing(open_source(files)) as source:
-        blueprint = draw(config, spec, source, files.description, family)
+        blueprint = draw(config, spec, source, files.description, family, dtype)
         tensors = {name: source.read(name) for name in source.names()}
     try:
-        with building:
+        with building, own_default_dtype():
             loaded: Any = type(blueprint.model).from_pretrained(
                 None,
                 config=copy.deepcopy(config),
                 state_dict=tensors,
-                dtype=dtype or _kept_dtype(blueprint.reads),
+                dtype=blueprint.reads.dtype,
                 output_loading_info=True,
             )
     except Exception as error:
@@ -103,13 +105,6 @@ def _load(
     model.config.name_or_path = config.name_or_path
     model.eval()
     return model
-
-
-def _kept_dtype(reads: PartReads) -> torch.dtype:
-    """Return the dtype that the weights have where none is asked for."""
-    floating = (tensor for tensor in reads.stored.values() if tensor.dtype.is_floating_point)
-    first = next(floating)  # a model without a single weight is none that could be built
-    return first.common or first.dtype
 
 
 def _check_report(report: dict[str, object], where: str) -> None:

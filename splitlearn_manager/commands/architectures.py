@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from splitlearn_core.families import CERTIFIED, KNOWN_TYPES, architectures
+from splitlearn_core.families import CERTIFIED, KNOWN_TYPES, architectures, certified_dtypes
 
 
 def list_architectures(
@@ -23,4 +23,5 @@ def list_architectures(
     for name, entry in known.items():
         tail = "" if entry.status == CERTIFIED else f"  {entry.reason}"
         typer.echo(f"{name:<{width}}  {entry.status:<9}{tail}".rstrip())
-    typer.echo(f"{len(KNOWN_TYPES)} of {len(known)} certified")
+    dtypes = " and ".join(certified_dtypes())
+    typer.echo(f"{len(KNOWN_TYPES)} of {len(known)} certified, in {dtypes}")

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
-from certifier import DifferenceError, certify
+from certifier import DifferenceError, certify, compare_tensors, tensors_of
 from tiny_models import causal_types, tiny_model
 
 from splitlearn_core import pruning
 from splitlearn_core.errors import UnsupportedModelError
 from splitlearn_core.families import CERTIFIED, KNOWN_TYPES, Family, architectures, family_of
 from splitlearn_core.tracing import NotAChainError, observe
+
+if TYPE_CHECKING:
+    from splitlearn_core import SplitModel
 
 
 # Two cuts; `scripts/soak architectures` tries others.
@@ -60,6 +65,21 @@ def test_a_refused_type_says_why() -> None:
 def test_what_is_no_chain_is_found_out() -> None:
     with pytest.raises(NotAChainError, match="more than the hidden state"):
         observe(tiny_model("inkling2_text"))
+
+
+@pytest.mark.parametrize("name", ["model.layers.3.mlp.up_proj.weight", "model.rotary_emb.inv_freq"])
+@pytest.mark.parametrize("change", ["dtype", "values"])
+def test_a_tensor_that_differs_is_found_out(name: str, change: str) -> None:
+    """The control: neither a dtype nor a value, stored or computed, may differ unseen."""
+    unsplit = tiny_model("llama")
+    part = tiny_model("llama")
+    compare_tensors(tensors_of(unsplit), [cast("SplitModel", SimpleNamespace(model=part))])
+    module, _, slot = name.rpartition(".")
+    tensor = getattr(part.get_submodule(module), slot)
+    tensor.data = tensor.data.bfloat16() if change == "dtype" else tensor.data + 1
+
+    with pytest.raises(DifferenceError, match=re.escape(name)):
+        compare_tensors(tensors_of(unsplit), [cast("SplitModel", SimpleNamespace(model=part))])
 
 
 def test_parts_that_are_given_nothing_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from certifier import compare_tensors, tensors_of
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
-from splitlearn_core import SplitModel
+from splitlearn_core import ModelRegistry, SplitCausalLM, SplitModel
 from splitlearn_core.factory import estimate_component, load_component
 from splitlearn_core.headers import read_header
 from splitlearn_core.quickstart import load_split_model
@@ -118,15 +119,111 @@ def test_what_an_architecture_keeps_in_float32_stays_so(
     assert dtype or stored in found
 
 
+# What is float32 in them though nothing asks for that, or half though a float32 skeleton has it:
+# tables (xglm, openai-gpt, falcon_h1), routers (hunyuan, lfm2, zaya), recurrences (zamba, olmo).
+PARTICULAR = ["xglm", "openai-gpt", "falcon_h1", "hunyuan_v1_moe", "lfm2_moe", "zaya", "zamba"]
+PARTICULAR += ["olmo_hybrid", "gemma3n_text", "falcon_mamba"]
+POINTS = [2, 4]
+
+
+def save_tiny(model_type: str, folder: Path, stored: torch.dtype, *, named: bool = True) -> Path:
+    """Save a small model with all its weights in one dtype, which the config names or does not."""
+    tiny_model(model_type).save_pretrained(folder)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    cast = {n: t.to(stored) if t.is_floating_point() else t for n, t in tensors.items()}
+    save_file(cast, path, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("dtype")
+    config |= {"dtype": str(stored).removeprefix("torch.")} if named else {}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def compare_parts(unsplit: Any, parts: Any) -> None:
+    """Compare tensors, and one forward, to the bit."""
+    compare_tensors(tensors_of(unsplit), parts)
+    bottom, *trunks, top = parts
+    ids = torch.arange(3, 21).reshape(2, 9)
+    with torch.no_grad():
+        assert torch.equal(SplitCausalLM(bottom, trunks, top)(ids).logits, unsplit(ids).logits)
+
+
+@pytest.mark.parametrize("model_type", PARTICULAR)
+@pytest.mark.parametrize("asked", [BF16, torch.float16])
+def test_half_precision_that_is_asked_for(
+    model_type: str, asked: torch.dtype, tmp_path: Path
+) -> None:
+    save_tiny(model_type, tmp_path, F32)
+    unsplit = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=asked)
+
+    for low_memory in (True, False):
+        parts: Any = load_split_model("auto", POINTS, tmp_path, dtype=asked, low_memory=low_memory)
+        compare_parts(unsplit, parts)
+        assert {part.config.dtype for part in parts} == {str(asked).removeprefix("torch.")}
+
+
+@pytest.mark.parametrize("model_type", PARTICULAR)
+@pytest.mark.parametrize("named", [True, False])
+def test_half_precision_that_is_stored(model_type: str, *, named: bool, tmp_path: Path) -> None:
+    save_tiny(model_type, tmp_path, BF16, named=named)
+    unsplit = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+
+    for low_memory in (True, False):
+        compare_parts(unsplit, load_split_model("auto", POINTS, tmp_path, low_memory=low_memory))
+
+
+@pytest.mark.parametrize("model_type", PARTICULAR)
+def test_half_precision_that_transformers_saved(model_type: str, tmp_path: Path) -> None:
+    """Its own files hold what is float32 in its models as that."""
+    save_tiny(model_type, tmp_path / "first", F32)
+    unsplit = AutoModelForCausalLM.from_pretrained(tmp_path / "first", dtype=BF16)
+    unsplit.save_pretrained(tmp_path / "model")
+
+    for low_memory in (True, False):
+        parts = load_split_model("auto", POINTS, tmp_path / "model", low_memory=low_memory)
+        compare_parts(unsplit, parts)
+
+
+@pytest.mark.parametrize("model_type", PARTICULAR)
+def test_half_precision_that_was_saved_part_by_part(model_type: str, tmp_path: Path) -> None:
+    save_tiny(model_type, tmp_path / "model", F32)
+    unsplit = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=BF16)
+    parts: Any = load_split_model("auto", POINTS, tmp_path / "model", dtype=BF16)
+    for part in parts:
+        part.save(tmp_path / "saved" / part.component)
+    split_checkpoint(tmp_path / "model", POINTS, tmp_path / "split", dtype=BF16)
+
+    for folder in ("saved", "split"):
+        names = ("bottom", "trunk", "top")
+        compare_parts(unsplit, [SplitModel.load(tmp_path / folder / name) for name in names])
+
+
+@pytest.mark.parametrize("model_type", PARTICULAR)
+def test_half_precision_of_a_model_in_memory(model_type: str, tmp_path: Path) -> None:
+    save_tiny(model_type, tmp_path, F32)
+    unsplit = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=BF16)
+    spans = {"bottom": (0, 2), "trunk": (2, 4), "top": (4, 6)}
+
+    parts = [
+        ModelRegistry.get_model_class(model_type, name).from_pretrained_split(
+            unsplit.state_dict(), unsplit.config, start_layer=start, end_layer=end
+        )
+        for name, (start, end) in spans.items()
+    ]
+
+    compare_parts(unsplit, parts)
+    theirs = {t.data_ptr() for t in unsplit.parameters()}
+    assert all(p.data_ptr() in theirs for part in parts for p in part.parameters()), "no copies"
+
+
 def test_figures_and_split_parts_have_the_same_dtypes(
     mixed: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = mixed("norm", "bfloat16")
     part = load_component(folder, "trunk", [2, 4])
 
-    assert estimate_component(folder, "trunk", [2, 4]).steady_bytes == sum(
-        p.nbytes for p in part.parameters()
-    )
+    assert estimate_component(folder, "trunk", [2, 4]).steady_bytes == part.nbytes
     split_checkpoint(folder, [2, 4], tmp_path / "parts")
     infos = read_header(tmp_path / "parts" / "trunk" / "model.safetensors")
     assert {info.dtype for info in infos.values()} == {"BF16"}

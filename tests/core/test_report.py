@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,9 +45,31 @@ def test_figures_are_what_parts_take(
         estimate = estimate_component(path, figures.component, **options)
         assert (figures.start_layer, figures.end_layer) == (part.start_layer, part.end_layer)
         assert figures.parameters == part.num_parameters()
-        assert figures.steady_bytes == sum(p.nbytes for p in part.parameters())
+        assert figures.steady_bytes == part.nbytes
         assert figures.peak_bytes == estimate.peak_bytes
         assert figures.disk_bytes == figures.parameters * 4, "stored as float32"
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neo", "openai-gpt", "xglm", "gemma3_text"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("mmap", [True, False])
+def test_computed_tables_count(
+    model_type: str, dtype: str | None, *, mmap: bool, tmp_path: Path
+) -> None:
+    """Masks and positions that no checkpoint stores take memory as weights do."""
+    tiny_model(model_type).save_pretrained(tmp_path)
+
+    plan = report_plan(tmp_path, [2, 4], dtype=dtype, mmap=mmap)
+
+    for figures in plan.parts:
+        part = load_component(tmp_path, figures.component, [2, 4], dtype=dtype, mmap=mmap)
+        stored = sum(tensor.nbytes for tensor in part.model.state_dict().values())
+        tables = [
+            b.nbytes for n, b in part.model.named_buffers() if n not in part.model.state_dict()
+        ]
+        assert figures.steady_bytes == part.nbytes == stored + sum(tables)
+        assert sum(tables) > 0
+        assert figures.peak_bytes >= figures.steady_bytes + max(tables)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -194,6 +217,24 @@ def test_a_hub_model_costs_headers_to_plan(
     assert after.whole.download_bytes == after.whole.disk_bytes - after.parts[1].disk_bytes
     header = read_header(path / "model.safetensors")
     assert before.whole.disk_bytes == sum(info.nbytes for info in header.values())
+
+
+def test_a_single_file_is_planned_with_whatever_an_index_beside_it_says(
+    make_checkpoint: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loader takes the single file; so does transformers."""
+    folder = tmp_path / "model"
+    shutil.copytree(make_checkpoint("llama").path, folder)
+    names = read_header(folder / "model.safetensors")
+    stale = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(stale))
+    with served(folder, tmp_path, monkeypatch):
+        before = report_plan("someone/model", [2, 4])
+        load_component("someone/model", "trunk", [2, 4])
+        after = report_plan("someone/model", [2, 4])
+
+    assert all(part.download_bytes == part.disk_bytes > 0 for part in before.parts)
+    assert [part.download_bytes == 0 for part in after.parts] == [False, True, False]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ def test_as_text() -> None:
 
     assert any(line.split() == ["llama", "certified"] for line in lines)
     assert any(line.startswith("inkling2_text") and "block_states" in line for line in lines)
-    assert lines[-1].endswith("certified")
+    assert lines[-1].endswith(" certified, in float32 and bfloat16")
 
 
 def test_as_json() -> None:
