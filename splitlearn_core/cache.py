@@ -132,6 +132,13 @@ class PartCache(DynamicCache):
             (tensor.shape[0] for tensor in self._held() if tensor.ndim and tensor.numel()), 0
         )
 
+    def copy(self) -> PartCache:
+        """Return another cache that holds the same, in memory of its own."""
+        other: PartCache = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, _shared=dict(self._shared))
+        other.layers = [_copy_of(layer) for layer in self.layers]
+        return other
+
     def advance_ghosts(self, positions: int) -> None:
         """Count `positions` that a forward has just put through the layers that are here."""
         for layer in self.layers:
@@ -195,6 +202,23 @@ class PartCache(DynamicCache):
 def _growing(layer: Any) -> Any:
     """Return a layer of full attention that grows in place, instead of transformers' own."""
     return GrowingLayer() if type(layer) is DynamicLayer else layer
+
+
+def _copy_of(layer: Any) -> Any:
+    """Return a layer that holds the same, in memory of its own."""
+    other = object.__new__(type(layer))
+    held: dict[str, Any] = layer.__getstate__()
+    other.__dict__.update({name: _copied(value) for name, value in held.items()})
+    return other
+
+
+def _copied(value: Any) -> Any:
+    """Return tensors, and those in a dict, in memory of their own; anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return value
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

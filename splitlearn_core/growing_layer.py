@@ -48,6 +48,10 @@ class GrowingLayer(DynamicLayer):
         self._rooms.clear()
         super().reset()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy holds: it has room of its own, when it needs some."""
+        return {**self.__dict__, "_rooms": {}}
+
     def _append(self, name: str, held: Any, new: torch.Tensor) -> torch.Tensor:
         """Return what is held and what is new, in the same memory if that has room."""
         length = held.shape[-2] if held.numel() else 0

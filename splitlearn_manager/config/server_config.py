@@ -30,6 +30,8 @@ class ServerConfig:
         management: Whether models can be loaded and unloaded over the network.
         max_sessions: Most sessions, and so KV caches, at once.
         session_idle_timeout: Seconds after which a session without a step is closed.
+        session_resume_timeout: Seconds that a session waits for a client whose connection was lost,
+            if that client asked for it; 0 for none.
         max_batch_size: Most rows of one forward that sessions of a model share; 1 runs each step by
             itself, equal to the bit to the same forward elsewhere.
         prefill_chunk_size: Most positions of a prompt in one forward, where sessions share.
@@ -48,6 +50,7 @@ class ServerConfig:
     management: bool = False
     max_sessions: Count = 64
     session_idle_timeout: Seconds = 300.0
+    session_resume_timeout: Seconds = 30.0
     max_batch_size: Count = 64
     prefill_chunk_size: Annotated[int, Field(ge=16)] = 512
     max_frame_bytes: Annotated[ByteCount, Field(ge=1024)] = 64 << 20

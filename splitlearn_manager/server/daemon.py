@@ -194,6 +194,7 @@ class Daemon:
             manager,
             max_sessions=server.max_sessions,
             idle_timeout=server.session_idle_timeout,
+            resume_timeout=server.session_resume_timeout,
             metrics=self.metrics,
             limits=BatchLimits(server.max_batch_size, server.prefill_chunk_size),
         )

@@ -14,6 +14,7 @@ import torch
 
 from splitlearn_core.hidden_state import HiddenState
 from splitlearn_core.joined_cache import JoinedCache
+from splitlearn_manager.serving.cache_changes import trim
 from splitlearn_manager.serving.errors import BadStepError, StepFailedError
 from splitlearn_manager.serving.step import Contract, Part, SideTensor, State, Step, shown
 from splitlearn_manager.serving.tensors import tensor_from_wire, tensor_to_wire
@@ -74,6 +75,8 @@ class Work:
         """
         if self.inputs is None:
             self.inputs = read_inputs(self.state, self.step)
+            if self.state.records and self.state.length:
+                trim(self.cache)
         return self.inputs
 
     @property

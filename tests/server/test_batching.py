@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 from joining import alone, load_ends
-from serving_fakes import trunk_config
+from serving_fakes import OnePart, Owner, hidden, trunk_config
 
 from splitlearn_core import SplitModel
-from splitlearn_core.estimate import MemoryEstimate
 from splitlearn_core.hidden_state import HiddenState
-from splitlearn_manager import AsyncModelManager, ModelConfig, ResourceManager
+from splitlearn_manager import AsyncModelManager, ResourceManager
 from splitlearn_manager.observability import Metrics
 from splitlearn_manager.serving.batcher import BatchLimits
 from splitlearn_manager.serving.errors import BadStepError, StepFailedError
-from splitlearn_manager.serving.sessions import Session, SessionTable
+from splitlearn_manager.serving.session import Session
+from splitlearn_manager.serving.sessions import SessionTable
 from splitlearn_manager.serving.tensors import tensor_from_wire, tensor_to_wire
 from splitlearn_manager.serving.wire import CloseReason, Frame, Kind, TensorName, decode
 
@@ -34,21 +34,6 @@ def trunk() -> SplitModel:
     return load_ends("llama")[1]
 
 
-class OnePart:
-    """Loads a part that is there already."""
-
-    def __init__(self, part: SplitModel) -> None:
-        self.part = part
-
-    def estimate(self, config: ModelConfig) -> MemoryEstimate:
-        del config
-        return MemoryEstimate(100, 80)
-
-    def load_from_config(self, config: ModelConfig, progress: Any = None) -> SplitModel:
-        del config, progress
-        return self.part
-
-
 class Forwards(Metrics):
     """Notes the rows of every forward."""
 
@@ -59,15 +44,6 @@ class Forwards(Metrics):
     def forward(self, model_id: str, rows: int, seconds: float) -> None:
         super().forward(model_id, rows, seconds)
         self.rows.append(rows)
-
-
-class Owner:
-    def __init__(self) -> None:
-        self.heard: list[CloseReason] = []
-
-    def session_closed(self, session: Session, reason: CloseReason) -> None:
-        del session
-        self.heard.append(reason)
 
 
 @dataclass
@@ -138,10 +114,6 @@ async def bench(request: Any, trunk: SplitModel) -> AsyncIterator[Bench]:
         )
         async with table:
             yield Bench(manager, table, forwards)
-
-
-def hidden(new: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
-    return torch.randn(rows, new, 64, generator=torch.Generator().manual_seed(seed))
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
