@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 from certifier import DTYPES, DifferenceError, certify  # noqa: E402 - from the folder above
 from tiny_models import causal_types  # noqa: E402
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING  # noqa: E402
 
 from splitlearn_core.dtypes import dtype_name  # noqa: E402
 from splitlearn_core.families import CERTIFIED  # noqa: E402
@@ -23,6 +25,7 @@ from splitlearn_core.tracing import NotAChainError  # noqa: E402
 
 OUT = ROOT / "splitlearn_core" / "families" / "certified.json"
 SECONDS = 180
+OWN_CACHE = "it keeps a cache of its own kind, which can't be split over parts"
 
 
 def main() -> None:
@@ -65,10 +68,20 @@ def examine(model_type: str) -> dict[str, Any]:
         reason = f"its parts differ from the unsplit model ({error})"
     except Exception as error:  # noqa: BLE001 - whatever it was, it is why it is not certified
         first_line = next(iter(str(error).splitlines()), "")
-        reason = f"it could not be tried: {type(error).__name__}: {first_line[:150]}"
+        reason = (
+            OWN_CACHE
+            if keeps_own_cache(model_type)
+            else f"it could not be tried: {type(error).__name__}: {first_line[:150]}"
+        )
     finally:
         signal.alarm(0)
     return {"status": "refused", "reason": reason}
+
+
+def keeps_own_cache(model_type: str) -> bool:
+    """Whether transformers itself can't give a type the cache that parts have."""
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
+    return not found._supports_default_dynamic_cache()  # noqa: SLF001 - asked nowhere else
 
 
 def _too_slow(*_: object) -> None:

@@ -13,7 +13,7 @@ from splitlearn_core.loading.names import map_names
 from splitlearn_core.loading.precision import Dtypes
 from splitlearn_core.loading.stages import LoadStage, NeverBack, enter_stage
 from splitlearn_core.pruning import prune
-from splitlearn_core.skeleton import build_skeleton, check_tables
+from splitlearn_core.skeleton import build_skeleton, check_tables, computed_tables
 from splitlearn_core.split_model import SplitModel
 
 if TYPE_CHECKING:
@@ -46,6 +46,18 @@ class Blueprint:
     family: Family
     passage: Passage
     reads: PartReads
+
+    @property
+    def tables_nbytes(self) -> int:
+        """Bytes of the buffers that no checkpoint stores."""
+        return sum(table.nbytes for table in computed_tables(self.model))
+
+    @property
+    def making_nbytes(self) -> int:
+        """Bytes that computing them takes besides: two more of the largest, in float32 if half."""
+        tables = computed_tables(self.model)
+        sizes = (max(t.itemsize, 4 * t.is_floating_point()) * t.numel() for t in tables)
+        return 2 * max(sizes, default=0)
 
 
 def draw(

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from splitlearn_core.loading.ahead import AT_ONCE
-from splitlearn_core.skeleton import computed_tables
 
 if TYPE_CHECKING:
     from splitlearn_core.builder import Blueprint
@@ -37,15 +36,14 @@ class MemoryEstimate:
 def estimate_part(blueprint: Blueprint, placement: Placement) -> MemoryEstimate:
     """Add up what a part will take: stored tensors once they are placed, and computed ones.
 
-    A stored tensor counts once, however many of the model's tensors it gives values to.  A computed
-    one is there twice while it is copied to its place, when the stored ones have passed.
+    A stored tensor counts once, however many of the model's tensors it gives values to.  Tables are
+    computed when the stored ones have passed.
 
     Args:
         blueprint: The part.
         placement: Device, and whether weights may stay mapped.
     """
     stored = blueprint.reads.stored.values()
-    tables = [table.nbytes for table in computed_tables(blueprint.model)]
-    steady = sum(tensor.final_nbytes for tensor in stored) + sum(tables)
+    steady = sum(tensor.final_nbytes for tensor in stored) + blueprint.tables_nbytes
     largest = max((t.nbytes for t in stored if placement.copies(t)), default=0)
-    return MemoryEstimate(steady + max(AT_ONCE * largest, *tables, 0), steady)
+    return MemoryEstimate(steady + max(AT_ONCE * largest, blueprint.making_nbytes), steady)

@@ -10,6 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from splitlearn_core.watching import NotAChainError
+
 LAYERS = 6
 VOCABULARY = 128
 MAX_PARAMETERS = 30_000_000
@@ -55,8 +57,16 @@ def small_config(model_type: str, needs: Mapping[str, Any] | None = None) -> Pre
     Args:
         model_type: As in `config.json`.
         needs: What this type needs besides.
+
+    Raises:
+        NotAChainError: It is an encoder-decoder.
     """
     default = CONFIG_MAPPING[model_type]()
+    if getattr(default, "is_encoder_decoder", False):
+        raise NotAChainError(
+            "it is an encoder-decoder, no decoder-only model: its layers attend to what an encoder"
+            " returned as well"
+        )
     if default.get_text_config(decoder=True) is default or not default.sub_configs:
         return _shrunk(default, needs or {})
     wanted = needs or {}
@@ -94,6 +104,7 @@ def small_model(model_type: str, needs: Mapping[str, Any] | None = None) -> PreT
 
     Raises:
         ValueError: It does not come out small.
+        NotAChainError: It is an encoder-decoder.
     """
     config = small_config(model_type, needs)
     with torch.device("meta"):

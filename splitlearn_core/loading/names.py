@@ -82,7 +82,7 @@ def map_names(model: PreTrainedModel, names: Iterable[str], checkpoint: str) -> 
     Raises:
         CheckpointError: Two names stand for the same tensor.
     """
-    rules = _Rules(model)
+    rules = Rules(model)
     known_extras = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     ignored = [re.compile(pattern) for pattern in (*LEGACY, *known_extras)]
     recipes: dict[str, Recipe] = {}
@@ -116,7 +116,7 @@ class _PartKeys(dict[str, Any]):
         return key
 
 
-class _Rules:
+class Rules:
     """transformers' renamings and converters for one model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -152,7 +152,7 @@ class _Rules:
 
 
 def _add(
-    recipes: dict[str, Recipe], name: str, target: str, pattern: str | None, rules: _Rules
+    recipes: dict[str, Recipe], name: str, target: str, pattern: str | None, rules: Rules
 ) -> str | None:
     """Note that `name` is needed for `target`; return the name that stands for it already."""
     recipe = recipes.get(target)
@@ -166,7 +166,7 @@ def _add(
     return None
 
 
-def _new_recipe(target: str, pattern: str | None, rules: _Rules) -> Recipe:
+def _new_recipe(target: str, pattern: str | None, rules: Rules) -> Recipe:
     """Return the recipe for a tensor that is met for the first time."""
     if pattern is None:
         return Recipe(target, (target,))

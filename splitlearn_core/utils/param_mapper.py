@@ -7,40 +7,71 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from splitlearn_core.families import family_of
+from splitlearn_core.loading.type_names import names_of_type
 
 if TYPE_CHECKING:
     import torch
+
+    from splitlearn_core.families import Family
 
 NO_LAYER = -1
 
 
 class ParamMapper:
-    """Reads parameter names of the known architectures.
+    """Reads parameter names of the known architectures: their modules' own, or a checkpoint's.
 
-    Names may lack the base model's prefix (`transformer.`, `model.`), as the hub's GPT-2 file does.
+    The latter may lack the base model's prefix (`transformer.`, `model.`), as the hub's GPT-2 file
+    does, or have others altogether, which are looked up as they are for loading.
     """
+
+    @staticmethod
+    def get_module_name(param_name: str, model_type: str) -> str:
+        """Return the name that the model's module has for a checkpoint's tensor.
+
+        A name that tells where it belongs as it is stays so, prefix or none.
+        """
+        family = family_of(model_type)
+        ends = (*family.embeddings, *family.epilogue)
+        if _layer_of(param_name, family) is not None or _belongs(param_name, ends):
+            return param_name
+        names = names_of_type(model_type)
+        return (names and names.find(param_name)) or param_name
 
     @staticmethod
     def get_layer_number(param_name: str, model_type: str) -> int:
         """Return the decoder layer that a parameter belongs to, or -1 for none."""
-        family = family_of(model_type)
-        match = re.match(_optional_prefix(family.layers) + r"\.(\d+)\.", param_name)
+        module_name = ParamMapper.get_module_name(param_name, model_type)
+        match = _layer_of(module_name, family_of(model_type))
         return int(match.group(1)) if match else NO_LAYER
 
     @staticmethod
     def is_embedding(param_name: str, model_type: str) -> bool:
         """Whether a parameter belongs to the embeddings."""
-        return _belongs(param_name, family_of(model_type).embeddings)
+        module_name = ParamMapper.get_module_name(param_name, model_type)
+        return _belongs(module_name, family_of(model_type).embeddings)
 
     @staticmethod
     def is_lm_head(param_name: str, model_type: str) -> bool:
         """Whether a parameter belongs to the head."""
-        return _belongs(param_name, family_of(model_type).epilogue[-1:])
+        module_name = ParamMapper.get_module_name(param_name, model_type)
+        return _belongs(module_name, family_of(model_type).epilogue[-1:])
 
     @staticmethod
     def is_final_norm(param_name: str, model_type: str) -> bool:
         """Whether a parameter belongs to the norm after the last layer."""
-        return _belongs(param_name, family_of(model_type).epilogue[:-1])
+        module_name = ParamMapper.get_module_name(param_name, model_type)
+        return _belongs(module_name, family_of(model_type).epilogue[:-1])
+
+    @staticmethod
+    def is_everywhere(param_name: str, model_type: str) -> bool:
+        """Whether every part has a parameter: it is in the model, but in none of its pieces."""
+        family = family_of(model_type)
+        pieces = (*family.embeddings, *family.epilogue, *family.unused)
+        names = names_of_type(model_type)
+        module_name = names.find(param_name) if names else None
+        return module_name is not None and not (
+            _layer_of(module_name, family) or _belongs(module_name, pieces)
+        )
 
     @staticmethod
     def remap_layer_index(param_name: str, offset: int, model_type: str) -> str:
@@ -52,10 +83,7 @@ class ParamMapper:
         number = ParamMapper.get_layer_number(param_name, model_type)
         if number == NO_LAYER or number < offset:
             raise ValueError(f"{param_name} has no layer number of at least {offset}")
-        layers = _optional_prefix(family_of(model_type).layers)
-        return re.sub(
-            rf"^({layers}\.){number}\.", lambda m: f"{m.group(1)}{number - offset}.", param_name
-        )
+        return re.sub(rf"(?<=\.){number}(?=\.)", str(number - offset), param_name, count=1)
 
     @staticmethod
     def filter_state_dict(
@@ -82,6 +110,11 @@ class ParamMapper:
             number = ParamMapper.get_layer_number(name, model_type)
             counts[number] = counts.get(number, 0) + 1
         return dict(sorted(counts.items()))
+
+
+def _layer_of(param_name: str, family: Family) -> re.Match[str] | None:
+    """Return a match whose first group is the parameter's layer, where it has one."""
+    return re.match(_optional_prefix(family.layers) + r"\.(\d+)\.", param_name)
 
 
 def _optional_prefix(path: str) -> str:

@@ -5,7 +5,7 @@ The builder does all of this on its own; these functions are for looking at it, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,12 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from splitlearn_core.errors import CheckpointError, ModelSourceError
+from splitlearn_core.families import family_of
 from splitlearn_core.headers import INDEX_FILE, read_header, read_index
 from splitlearn_core.loading.files import find_files
 from splitlearn_core.loading.sources import BIN_INDEX_FILE
 from splitlearn_core.loading.torch_files import read_torch_file
+from splitlearn_core.loading.type_names import names_of_type
 from splitlearn_core.plan import BOTTOM, TOP
 from splitlearn_core.regular_files import read_json
 from splitlearn_core.utils.param_mapper import ParamMapper
@@ -71,21 +73,21 @@ class ShardLoader:
         """Return the names of the files that hold a component's tensors.
 
         Args:
-            index_json: From `load_index_json`.
+            index_json: From `load_index_json`; names are understood as they are for loading.
             component: `bottom`, `trunk` or `top`: decides what is not said otherwise.
             layer_range: The layers `[first, last)`.
             model_type: Architecture.
-            include_embedding: Whether the embeddings are wanted; by default for `bottom`, and for
-                `top` where the head has no tensor of its own (it is tied to the embedding).
+            include_embedding: Whether the embeddings are wanted; by default for `bottom`.
             include_final_norm: Whether the final norm is wanted; by default for `top`.
-            include_lm_head: Whether the head is wanted; by default for `top`.
+            include_lm_head: Whether the head is wanted; by default for `top`.  Where it is tied to
+                the embedding, and has no tensor of its own, that one is.
         """
         weight_map: dict[str, str] = index_json["weight_map"]
         head = component == TOP if include_lm_head is None else include_lm_head
         norm = component == TOP if include_final_norm is None else include_final_norm
         embedding = component == BOTTOM if include_embedding is None else include_embedding
-        has_head = any(ParamMapper.is_lm_head(name, model_type) for name in weight_map)
-        embedding = embedding or (head and not has_head)
+        names = {name: ParamMapper.get_module_name(name, model_type) for name in weight_map}
+        lent = _lent(names.values(), model_type) if head else set()
         first, last = layer_range
 
         def wanted(name: str) -> bool:
@@ -94,9 +96,11 @@ class ShardLoader:
                 or (embedding and ParamMapper.is_embedding(name, model_type))
                 or (norm and ParamMapper.is_final_norm(name, model_type))
                 or (head and ParamMapper.is_lm_head(name, model_type))
+                or name in lent
+                or ParamMapper.is_everywhere(name, model_type)
             )
 
-        return {file for name, file in weight_map.items() if wanted(name)}
+        return {file for name, file in weight_map.items() if wanted(names[name])}
 
     @staticmethod
     def download_shards_if_needed(
@@ -129,6 +133,16 @@ class ShardLoader:
                 return {name: file.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise CheckpointError(f"{path} can't be read: {error}") from error
+
+
+def _lent(names: Collection[str], model_type: str) -> set[str]:
+    """Return which of a checkpoint's tensors the head shares, for want of its own."""
+    known = names_of_type(model_type)
+    if known is None:
+        return set()
+    named = {known.find(name) or name: name for name in names}
+    head = family_of(model_type).epilogue[-1:]
+    return {named[name] for name in known.lent(head, named) if name in named}
 
 
 def _find_index(

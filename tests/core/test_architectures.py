@@ -15,6 +15,7 @@ from splitlearn_core import pruning
 from splitlearn_core.errors import UnsupportedModelError
 from splitlearn_core.families import CERTIFIED, KNOWN_TYPES, Family, architectures, family_of
 from splitlearn_core.tracing import NotAChainError, observe
+from splitlearn_core.uncertified import any_family
 
 if TYPE_CHECKING:
     from splitlearn_core import SplitModel
@@ -60,6 +61,24 @@ def test_the_table_says_what_the_forward_shows(model_type: str) -> None:
 def test_a_refused_type_says_why() -> None:
     with pytest.raises(UnsupportedModelError, match=r"block_states.*--allow-uncertified"):
         family_of("inkling2_text")
+
+
+@pytest.mark.parametrize(
+    "model_type", ["bart", "blenderbot", "marian", "mbart", "musicgen", "plbart", "whisper"]
+)
+def test_an_encoder_decoder_is_refused_as_one(model_type: str) -> None:
+    with pytest.raises(NotAChainError, match="is an encoder-decoder, no decoder-only model"):
+        tiny_model(model_type)
+    with pytest.raises(UnsupportedModelError, match="is an encoder-decoder"):
+        family_of(model_type)
+    with pytest.raises(UnsupportedModelError, match="is an encoder-decoder"):
+        any_family(model_type)
+
+
+@pytest.mark.parametrize("model_type", ["minimax", "rwkv", "xlstm", "reformer"])
+def test_a_type_with_a_cache_of_its_own_is_refused_as_one(model_type: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="keeps a cache of its own kind"):
+        family_of(model_type)
 
 
 def test_what_is_no_chain_is_found_out() -> None:

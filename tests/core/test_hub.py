@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import constants
 from loopback_hub import LoopbackHub
 
-from splitlearn_core.errors import CheckpointError
+from splitlearn_core.errors import CheckpointError, ModelSourceError
 from splitlearn_core.factory import estimate_component, load_component
 from splitlearn_core.headers import read_header
 from splitlearn_core.quickstart import load_full_model, load_split_model
@@ -229,3 +229,29 @@ def test_top_alone_fetches_the_generation_settings(
     assert hub.fetched.count(settings.name) == 1
     for part in parts:
         assert part.model.generation_config.eos_token_id == [7, 8]  # type: ignore[union-attr]
+
+
+def test_an_adapter_on_the_hub_is_told_for_what_it_is(
+    make_checkpoint: Callable[..., Any], served: Callable[..., Any], tmp_path: Path
+) -> None:
+    """That there is none is asked once for each commit."""
+    path = make_checkpoint("llama").path
+    with served(path) as hub:
+        load_component("someone/model", "trunk", [2, 4])
+        assert [asked for asked in hub.asked if "adapter" in str(asked)]
+        hub.asked.clear()
+        load_component("someone/model", "bottom", [2, 4])
+        assert not [asked for asked in hub.asked if "adapter" in str(asked)]
+
+    for folder, names in (("adapter", ()), ("both", ("config.json", "model.safetensors"))):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "adapter_config.json").write_text("{}")
+        for name in names:
+            (tmp_path / folder / name).write_bytes((path / name).read_bytes())
+    with (
+        served(tmp_path / "adapter"),
+        pytest.raises(ModelSourceError, match="holds a PEFT adapter"),
+    ):
+        load_component("someone/model", "trunk", [2, 4], cache_dir=tmp_path / "one")
+    with served(tmp_path / "both"), pytest.raises(CheckpointError, match="holds a PEFT adapter"):
+        load_component("someone/model", "trunk", [2, 4], cache_dir=tmp_path / "two")

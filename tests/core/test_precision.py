@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from certifier import compare_tensors, tensors_of
+from huggingface_hub import constants
+from loopback_hub import LoopbackHub
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
@@ -197,6 +199,25 @@ def test_half_precision_that_was_saved_part_by_part(model_type: str, tmp_path: P
     for folder in ("saved", "split"):
         names = ("bottom", "trunk", "top")
         compare_parts(unsplit, [SplitModel.load(tmp_path / folder / name) for name in names])
+
+
+@pytest.mark.parametrize("model_type", ["xglm", "hunyuan_v1_moe"])
+@pytest.mark.parametrize("dtype", [None, BF16])
+def test_half_precision_from_a_hub(
+    model_type: str, dtype: torch.dtype | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_tiny(model_type, tmp_path / "model", F32 if dtype else BF16)
+    unsplit = AutoModelForCausalLM.from_pretrained(folder, dtype=BF16)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "theirs"))
+    monkeypatch.setenv("SPLITLEARN_CACHE_DIR", str(tmp_path / "ours"))
+
+    with LoopbackHub({"someone/model": folder}).run() as hub:
+        template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        parts = load_split_model("auto", POINTS, "someone/model", dtype=dtype, low_memory=True)
+
+    compare_parts(unsplit, parts)
 
 
 @pytest.mark.parametrize("model_type", PARTICULAR)

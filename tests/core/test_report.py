@@ -69,7 +69,7 @@ def test_computed_tables_count(
         ]
         assert figures.steady_bytes == part.nbytes == stored + sum(tables)
         assert sum(tables) > 0
-        assert figures.peak_bytes >= figures.steady_bytes + max(tables)
+        assert figures.peak_bytes >= figures.steady_bytes + 2 * max(tables), "while it is made"
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

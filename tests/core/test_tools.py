@@ -6,16 +6,21 @@ import json
 import mmap
 import struct
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_models import tiny_model
 
+from splitlearn_core.builder import draw
 from splitlearn_core.devices import auto_device_map, resolve_devices
 from splitlearn_core.errors import CheckpointError
+from splitlearn_core.factory import find_model
 from splitlearn_core.headers import MAX_HEADER_BYTES, read_header, read_index
+from splitlearn_core.loading.opening import open_source
 from splitlearn_core.plan import SplitPlan
 from splitlearn_core.utils import MemoryTracker, ParamMapper, ShardLoader, StorageManager
 from splitlearn_core.utils.threads import configure_pytorch_threads
@@ -43,6 +48,50 @@ def test_shards_that_a_component_needs(make_checkpoint: Callable[..., Any]) -> N
     assert weight_map["model.norm.weight"] in top
     paths = ShardLoader.download_shards_if_needed(path, bottom)
     assert paths == {name: path / name for name in bottom}
+
+
+RENAMED = ["gemma3", "fuyu", "nemotron_h"]  # other names on disk than in the module
+TIED = ["bert", "gemma4", "modernbert-decoder", "gpt2"]  # the head shares one of several embeddings
+SHARED = ["zaya"]  # every part has some
+
+
+@pytest.mark.parametrize("model_type", [*RENAMED, *TIED, *SHARED])
+def test_shards_are_those_that_loading_needs(model_type: str, tmp_path: Path) -> None:
+    tiny_model(model_type).save_pretrained(tmp_path, max_shard_size="5KB")
+    index = ShardLoader.load_index_json(tmp_path)
+    model = find_model(tmp_path)
+
+    with closing(open_source(model.files)) as source:
+        for spec in SplitPlan.from_split_points(6, [2, 4]).components:
+            needed = draw(model.config, spec, source, "", model.family).reads.stored
+            found = ShardLoader.get_required_shards_for_component(
+                index, spec.kind, (spec.start_layer, spec.end_layer), model_type
+            )
+            assert found == {index["weight_map"][name] for name in needed}
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "layer"),
+    [
+        ("language_model.model.layers.37.mlp.up_proj.weight", "gemma3", 37),
+        ("language_model.model.layers.11.mlp.dense_h_to_4h.weight", "fuyu", 11),
+        ("backbone.layers.51.mixer.A_log", "nemotron_h", 51),
+        ("vision_tower.vision_model.encoder.layers.3.mlp.fc1.weight", "gemma3", -1),
+        ("nobody.knows.7.this", "gemma3", -1),
+    ],
+)
+def test_layers_of_names_that_only_the_disk_has(name: str, model_type: str, layer: int) -> None:
+    assert ParamMapper.get_layer_number(name, model_type) == layer
+    if layer > 0:
+        moved = ParamMapper.remap_layer_index(name, 2, model_type)
+        assert moved == name.replace(str(layer), str(layer - 2))
+
+
+def test_ends_of_names_that_only_the_disk_has() -> None:
+    assert ParamMapper.is_embedding("language_model.model.embed_tokens.weight", "gemma3")
+    assert ParamMapper.is_final_norm("language_model.model.norm.weight", "gemma3")
+    assert ParamMapper.is_lm_head("language_model.lm_head.weight", "gemma3")
+    assert not ParamMapper.is_final_norm("multi_modal_projector.mm_soft_emb_norm.weight", "gemma3")
 
 
 def test_part_of_a_shard(make_checkpoint: Callable[..., Any]) -> None:

@@ -26,6 +26,14 @@ def test_plain_values_are_read(file: Path) -> None:
     }
 
 
+def test_the_home_stands_for_itself(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.write_text("a: 1\n")
+    monkeypatch.setenv("HOME", str(file.parent))
+    monkeypatch.setenv("USERPROFILE", str(file.parent))
+
+    assert read_yaml("~/c.yaml").data == {"a": 1}
+
+
 def test_an_alias_stands_for_its_value(file: Path) -> None:
     file.write_text("a: &points [2, 6]\nb: *points\n")
 

@@ -169,6 +169,17 @@ def test_a_daemon_for_others_needs_a_token(tmp_path: Path) -> None:
     assert policy == SECRET
 
 
+def test_a_token_file_may_be_named_by_the_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "token").write_text("secret\n")
+    (tmp_path / "token").chmod(0o600)
+
+    assert AccessPolicy.of(ServerConfig(host="0.0.0.0", token_file="~/token"), port=1) == SECRET  # noqa: S104, S106
+
+
 @pytest.mark.anyio
 async def test_a_websocket_is_closed_where_it_can_not_be_answered() -> None:
     sent: list[Any] = []

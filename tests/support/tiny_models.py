@@ -124,6 +124,8 @@ NEEDS: dict[str, dict[str, Any]] = {
 }
 
 
+NEEDS["qwen4_exp"] = {"text_config": NEEDS["qwen4_exp_text"]}
+
 # Tables of whole numbers, which are all 0 in a new model: type and name -> how many there are.
 CHOICES = {("deepseek_v4", "tid2eid"): 4}
 
