@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+# In debug mode event loops warn of every step that took long.  On a busy machine any may, and tests
+# look at what was logged last; a loop that is really blocked is for `lifecycle_storm.watchdog`.
+logging.getLogger("asyncio").addFilter(lambda record: not record.msg.startswith("Executing "))
+
+# What a shell starts in the background ignores SIGINT, and so does all that this starts in turn;
+# some tests interrupt what they have started.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(

@@ -14,6 +14,7 @@ from splitlearn_core.headers import INDEX_FILE, SINGLE_FILE, listed, read_header
 from splitlearn_core.loading.files import FolderFiles
 from splitlearn_core.loading.generation import GENERATION_CONFIG_FILE
 from splitlearn_core.loading.hub_parts import HEADER_GUESS, HubParts
+from splitlearn_core.loading.pages import MappedPages
 from splitlearn_core.loading.ranges import Located
 from splitlearn_core.loading.remote import RangesIgnoredError
 from splitlearn_core.loading.sources import (
@@ -59,6 +60,7 @@ class HubSource:
         self._headers: dict[str, dict[str, TensorInfo]] = {}
         self._homes: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
+        self._pages = MappedPages()
 
     def names(self) -> Iterable[str]:
         """Return the names of all tensors."""
@@ -102,6 +104,10 @@ class HubSource:
         remote = {name: located for name, located in wanted.items() if located.file not in here}
         held = self._files.parts.held(remote)
         return sum(located.info.nbytes for name, located in remote.items() if name not in held)
+
+    def copied(self, tensor: torch.Tensor) -> None:
+        """Let go of its pages."""
+        self._pages.give_back(tensor)
 
     def where(self, name: str) -> str:
         """Return the file that holds a tensor."""

@@ -221,7 +221,7 @@ def _jobs(
     """Open stored tensors one by one, and yield what brings each where it is wanted."""
     for name in names:
         dtype = reads.stored[name].final_dtype
-        yield partial(_place, source.read(name), placement, dtype)
+        yield partial(_bring, source, source.read(name), placement, dtype)
 
 
 def _value_for(
@@ -235,6 +235,16 @@ def _value_for(
     raise CheckpointError(
         f"{listed(recipe.stored)} were expected to make {target}, they made {listed(values)}"
     )
+
+
+def _bring(
+    source: TensorSource, tensor: torch.Tensor, placement: Placement, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return `tensor`, which is the source's, where and how it is wanted."""
+    placed = _place(tensor, placement, dtype)
+    if placed.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+        source.copied(tensor)
+    return placed
 
 
 def _place(tensor: torch.Tensor, placement: Placement, dtype: torch.dtype) -> torch.Tensor:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from splitlearn_core.dtypes import BY_STORED_NAME
 from splitlearn_core.errors import CheckpointError, ModelSourceError
 from splitlearn_core.headers import INDEX_FILE, SINGLE_FILE, read_header, read_index
+from splitlearn_core.loading.pages import MappedPages
 from splitlearn_core.loading.torch_files import read_torch_file
 
 if TYPE_CHECKING:
@@ -92,6 +93,13 @@ class TensorSource(Protocol):
         """Return one tensor; it may share memory with the source."""
         ...
 
+    def copied(self, tensor: torch.Tensor) -> None:
+        """Hear that a tensor that was read has been copied; from any thread.
+
+        It can be read again all the same.
+        """
+        ...
+
     def where(self, name: str) -> str:
         """Say where a tensor lies, for messages."""
         ...
@@ -112,6 +120,7 @@ class SafetensorsSource:
         self._weight_map = weight_map
         self._headers: dict[str, dict[str, TensorInfo]] = {}
         self._open: dict[str, Any] = {}
+        self._pages = MappedPages()
 
     @classmethod
     def of(cls, files: CheckpointFiles) -> SafetensorsSource:
@@ -154,6 +163,10 @@ class SafetensorsSource:
         except SafetensorError as error:
             raise CheckpointError(f"{self.where(name)}: {name} can't be read: {error}") from error
         return tensor
+
+    def copied(self, tensor: torch.Tensor) -> None:
+        """Let go of its pages."""
+        self._pages.give_back(tensor)
 
     def where(self, name: str) -> str:
         """Return the file that holds a tensor."""
@@ -210,6 +223,9 @@ class StateDictSource:
         """Return one tensor itself: the part shares its memory."""
         return self._tensors[name].detach()
 
+    def copied(self, tensor: torch.Tensor) -> None:
+        """Do nothing: others may have it, too."""
+
     def where(self, name: str) -> str:
         """Return what was given."""
         del name
@@ -264,6 +280,9 @@ class TorchFileSource:
                 " is not there"
             )
         return tensors[name]
+
+    def copied(self, tensor: torch.Tensor) -> None:
+        """Do nothing: it stays until the file is closed."""
 
     def where(self, name: str) -> str:
         """Return the file that holds a tensor."""

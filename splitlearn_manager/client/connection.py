@@ -11,7 +11,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
@@ -72,6 +72,7 @@ class SessionConnection:
         self._turn = threading.Lock()
         self._requests = itertools.count(1)
         self._live: set[int] = set()  # sessions of this socket that nobody has closed yet
+        self._abandoned: deque[int] = deque()  # sessions that nobody refers to any more
         self._sessions: WeakValueDictionary[int, RemoteSession] = WeakValueDictionary()
         self._socket: WebSocket | None = None
 
@@ -85,6 +86,8 @@ class SessionConnection:
             RemoteUnavailable: It can't be reached, does not answer, or has no room now.
         """
         with self._turn:
+            self._connect()
+            self._close_abandoned()  # the server may have no room beside them
             self._connect()
             try:
                 opened = self._ask(Frame(Kind.OPEN), Kind.OPENED)
@@ -112,7 +115,24 @@ class SessionConnection:
 
     def close_session(self, session_id: int) -> None:
         """Close a session, and wait until it is; where that fails, it is gone or will expire."""
-        with self._turn, suppress(RemoteError, ConnectionError):
+        with self._turn:
+            self._close(session_id)
+
+    def abandon(self, session_id: int) -> None:
+        """Let a session be closed, by whoever has the turn next; a finaliser may call this."""
+        self._abandoned.append(session_id)
+
+    def close_abandoned(self) -> None:
+        """Close the sessions that nobody refers to any more."""
+        with self._turn:
+            self._close_abandoned()
+
+    def _close_abandoned(self) -> None:
+        while self._abandoned:
+            self._close(self._abandoned.popleft())
+
+    def _close(self, session_id: int) -> None:
+        with suppress(RemoteError, ConnectionError):
             if session_id in self._live:
                 self._live.discard(session_id)
                 self._ask(Frame(Kind.CLOSE, session=session_id), Kind.CLOSED)
@@ -265,36 +285,40 @@ class Attendant:
     """
 
     def __init__(self, connection: SessionConnection) -> None:
-        self._abandoned: SimpleQueue[int | None] = SimpleQueue()
+        self._connection = connection
+        self._goes_on: SimpleQueue[bool] = SimpleQueue()
         self._thread = threading.Thread(
             target=_attend,
-            args=(connection, self._abandoned),
+            args=(connection, self._goes_on),
             name="splitlearn-remote-attendant",
             daemon=True,
         )
         self._thread.start()
 
-    @property
-    def abandon(self) -> Callable[[int | None], None]:
-        """Takes the id of a session to close; `None` closes the connection and ends the thread."""
-        return self._abandoned.put
+    def abandon(self, session_id: int) -> None:
+        """Let a session be closed; a finaliser may call this."""
+        self._connection.abandon(session_id)
+        self._goes_on.put(True)
+
+    def dismiss(self) -> None:
+        """Let the connection be closed, and the thread end; a finaliser may call this."""
+        self._goes_on.put(False)
 
     def end(self) -> None:
         """Close the connection, and wait for the thread to end."""
-        self._abandoned.put(None)
+        self.dismiss()
         self._thread.join(CLOSE_TIMEOUT)
 
 
-def _attend(connection: SessionConnection, abandoned: SimpleQueue[int | None]) -> None:
+def _attend(connection: SessionConnection, goes_on: SimpleQueue[bool]) -> None:
     while True:
         try:
-            session_id = abandoned.get(timeout=TEND_INTERVAL)
+            if not goes_on.get(timeout=TEND_INTERVAL):
+                break
         except Empty:
             connection.tend()
-            continue
-        if session_id is None:
-            break
-        connection.close_session(session_id)
+        else:
+            connection.close_abandoned()
     connection.close()
 
 

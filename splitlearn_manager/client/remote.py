@@ -278,7 +278,7 @@ class RemoteTrunk:
             self._refuse_if_closed()
             if self._attendant is None:
                 self._attendant = Attendant(self._connection)
-                weakref.finalize(self, self._attendant.abandon, None).atexit = False
+                weakref.finalize(self, self._attendant.dismiss).atexit = False
             attendant = self._attendant
         session = self._connection.open_session()
         if self._closed:  # meanwhile, and perhaps before the session's connection was made

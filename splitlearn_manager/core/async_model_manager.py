@@ -613,7 +613,7 @@ class AsyncModelManager:
     # --- Shutting down ---------------------------------------------------------------------
 
     async def stop_loading(self) -> None:
-        """Take no more loads, and ask those under way to end; what is loaded goes on serving.
+        """Take no more loads, and end those under way; what is loaded goes on serving.
 
         The first step of a shutdown that lets what is in flight end before models go.
         """
@@ -624,15 +624,15 @@ class AsyncModelManager:
                     self._dismiss(entry, None)
 
     async def shutdown(self, drain_timeout: float | None = None) -> None:
-        """End it all: refuse new work, ask running loads to stop, unload everything.
+        """End it all: refuse new work, end running loads, unload everything.
 
-        What has not ended after the deadline is given up: its entry goes, and its thread, which
-        nothing can end, is left behind; it does not keep the process from exiting.  A second call
-        joins the first; a caller that is cancelled goes away alone.
+        Loads end at once; their threads, which nothing can end, are waited for a second, and then
+        left behind, as is what has not ended at the deadline.  Such a thread does not keep the
+        process from exiting.  A second call joins the first; a caller that is cancelled goes away
+        alone.
 
         Args:
-            drain_timeout: Seconds for loads and uses in flight to end; 20 by default, `math.inf`
-                for ever.
+            drain_timeout: Seconds for uses in flight to end; 20 by default, `math.inf` for ever.
 
         Raises:
             ValueError: `drain_timeout` is negative or not a number.
@@ -658,7 +658,7 @@ class AsyncModelManager:
         """Ask whoever owns an entry to end."""
         if isinstance(entry, LoadingPlaceholder):
             error = ManagerClosedError("the manager shut down during the load")
-            self._loads.cancel(entry, error, patient=True)
+            self._loads.cancel(entry, error)
         elif isinstance(entry, AsyncManagedModel):
             if entry.status is ModelStatus.READY:
                 self._unloads.start(entry, "the manager shuts down", seconds)

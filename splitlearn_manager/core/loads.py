@@ -137,21 +137,15 @@ class Loads:
         self._own(placeholder, "reload")
         return placeholder
 
-    def cancel(
-        self, placeholder: LoadingPlaceholder, error: Exception, *, patient: bool = False
-    ) -> None:
-        """End a load with `error`.
+    def cancel(self, placeholder: LoadingPlaceholder, error: Exception) -> None:
+        """End a load: it is settled in its owner's next step, its thread ends when it can.
 
         Args:
             placeholder: The load.
             error: What those who wait for it are told.
-            patient: Let a thread that is at it find out by itself; otherwise, the entry is settled
-                in the owner's next step, and the thread is left to end when it can.
         """
         placeholder.progress.stop(error)
-        work = placeholder.work
-        busy = work is not None and work.running()
-        if placeholder.owner is not None and not (patient and busy):
+        if placeholder.owner is not None:
             placeholder.owner.cancel()
 
     def _own(self, placeholder: LoadingPlaceholder, kind: str) -> None:
@@ -382,8 +376,14 @@ def _give_back(placeholder: LoadingPlaceholder) -> None:
 
 async def _see_off(placeholder: LoadingPlaceholder) -> None:
     """Wait a little until nothing of a failed load is left, so that a shutdown does, too."""
-    if placeholder.remains is not None and not placeholder.remains.done():
-        await asyncio.wait({asyncio.wrap_future(placeholder.remains)}, timeout=_SEE_OFF)
+    if placeholder.remains is None or placeholder.remains.done():
+        return
+    _, late = await asyncio.wait({asyncio.wrap_future(placeholder.remains)}, timeout=_SEE_OFF)
+    if late:
+        logger.warning(
+            "the load of model %s has ended, its thread has not yet, and is left behind",
+            placeholder.model_id,
+        )
 
 
 def _discard(reservation: Reservation | None, remains: Future[None], work: Future[Any]) -> None:

@@ -39,16 +39,18 @@ def test_a_quick_run_has_every_row_and_no_target(tmp_path: Path) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_lock_that_is_held_is_seen() -> None:
-    lock = asyncio.Lock()
+async def test_a_lock_that_is_held_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, now = asyncio.Lock(), 1000.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
     holds = note_holds(lock)
 
     async with lock:
-        time.sleep(0.01)  # noqa: ASYNC251 - that is what is to be seen
+        now += 0.5
+    now += 4
     async with lock:
-        pass
+        now += 0.25
 
-    assert holds[0] >= 0.01 > holds[1]
+    assert holds == [0.5, 0.25]
 
 
 @pytest.mark.anyio

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -19,6 +18,8 @@ from typer.testing import Result
 from splitlearn_manager.client.address import Address
 from splitlearn_manager.client.management import DaemonEvent, ManagementClient
 from splitlearn_manager.commands import models
+from splitlearn_manager.core.events import TransitionEvent
+from splitlearn_manager.core.states import ModelStatus
 from splitlearn_manager.server.daemon import Daemon
 
 Run = Callable[..., Result]
@@ -82,12 +83,17 @@ def test_answers_for_programs(run: Run) -> None:
     assert json.loads(run("unload", "late", "--json").stdout)["status"] == "absent"
 
 
-def test_at_once_or_waiting_and_cancelled(run: Run, loader: FakeLoader) -> None:
+def test_at_once_or_waiting_and_cancelled(run: Run, loader: FakeLoader, daemon: Daemon) -> None:
+    def let_go(event: TransitionEvent) -> None:
+        if event.new is ModelStatus.FAILED:
+            loader.gate.set()
+
+    assert daemon._manager is not None
+    daemon._manager.on_transition.append(let_go)
     loader.gate.clear()
     assert run("load", "late", "--no-wait").stdout == "late: loading\n"
     busy = run("unload", "late")
     assert (busy.exit_code, "cancel that first" in busy.stderr) == (1, True)
-    threading.Timer(0.1, loader.gate.set).start()
 
     cancelled = run("cancel", "late")
 
@@ -208,24 +214,27 @@ def test_a_stream_that_ends_too_early_is_told() -> None:
 
 def test_what_happens_is_printed_until_the_end(daemon: Daemon, loader: FakeLoader) -> None:
     del loader
-    watching = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "splitlearn_manager", "models", "watch", "--url", daemon.url],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
-    assert watching.stdout is not None
-    assert [watching.stdout.readline() for _ in range(3)] == [
-        "other: ready\n",
-        "late: absent\n",
-        "broken: absent\n",
-    ]
-    ManagementClient(Address.parse(daemon.url)).finish("late", "load")
-    assert watching.stdout.readline() == "late: absent -> loading (a load was asked for)\n"
+    ) as watching:
+        try:
+            assert watching.stdout is not None
+            assert [watching.stdout.readline() for _ in range(3)] == [
+                "other: ready\n",
+                "late: absent\n",
+                "broken: absent\n",
+            ]
+            ManagementClient(Address.parse(daemon.url)).finish("late", "load")
+            assert watching.stdout.readline() == "late: absent -> loading (a load was asked for)\n"
 
-    watching.send_signal(signal.SIGINT)
-    rest, errors = watching.communicate(timeout=30)
+            watching.send_signal(signal.SIGINT)
+            rest, errors = watching.communicate(timeout=60)
+        finally:
+            watching.kill()
 
     assert "late: loading -> ready (loaded)" in rest or rest == ""
     assert (watching.returncode, errors) == (130, "")

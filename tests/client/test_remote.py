@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -26,9 +27,11 @@ from splitlearn_manager.client import (
     connection,
 )
 from splitlearn_manager.client.websocket import WebSocket
+from splitlearn_manager.server import daemon as daemon_module
 from splitlearn_manager.server import http_server
 from splitlearn_manager.server.daemon import Daemon
 from splitlearn_manager.server.http_server import SessionProtocol
+from splitlearn_manager.serving.sessions import SessionTable
 
 
 @pytest.fixture(scope="module")
@@ -404,6 +407,19 @@ def test_a_cache_that_nobody_has_any_more_is_closed(trunk: RemoteTrunk, daemon: 
     until(lambda: sessions_open(daemon) == 0)
 
 
+def test_what_was_left_is_closed_before_anything_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the server has room for one session, the thread that closes them may come too late."""
+    monkeypatch.setattr(connection, "_attend", lambda *_: None)
+    with fake_daemon(FakeLoader(), max_sessions=1) as daemon:
+        trunk = RemoteTrunk(daemon.url, "trunk")
+        for _ in range(3):
+            cache = trunk.new_cache()
+            trunk(ones(), past_key_values=cache)
+            del cache
+            gc.collect()
+        trunk._connection.close()
+
+
 def test_a_trunk_that_nobody_has_any_more_lets_go_of_its_threads(daemon: Daemon) -> None:
     before = set(threading.enumerate())
     trunk = RemoteTrunk(daemon.url, "trunk")
@@ -465,12 +481,15 @@ def test_a_step_that_failed_there_ends_the_cache(trunk: RemoteTrunk, part: FakeP
     trunk(ones())
 
 
-def test_sessions_that_expired_meanwhile_say_so(loader: FakeLoader) -> None:
-    del loader
-    with fake_daemon(FakeLoader(), session_idle_timeout=0.02) as daemon:
+def test_sessions_that_expired_meanwhile_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    table = partial(SessionTable, clock=lambda: now, sleep=lambda _: asyncio.sleep(0.001))
+    monkeypatch.setattr(daemon_module, "SessionTable", table)
+    with fake_daemon(FakeLoader(), session_idle_timeout=100) as daemon:
         with RemoteTrunk(daemon.url, "trunk") as trunk:
             cache = trunk.new_cache()
             trunk(ones(), past_key_values=cache)
+            now += 100
             until(lambda: sessions_open(daemon) == 0)
 
             with pytest.raises(RemoteSessionClosed) as caught:
@@ -505,9 +524,11 @@ def test_a_step_longer_than_the_server_reads_is_not_sent() -> None:
 
 
 def test_a_step_that_takes_too_long_gives_up_its_session(daemon: Daemon, part: FakePart) -> None:
-    part.gate.clear()
-    with RemoteTrunk(daemon.url, "trunk", timeout=0.05) as trunk:
+    with RemoteTrunk(daemon.url, "trunk") as trunk:
         cache = trunk.new_cache()
+        trunk(ones(), past_key_values=cache)
+        trunk._connection.timeout = 0.05
+        part.gate.clear()
         with pytest.raises(RemoteUnavailable, match=r"did not answer within 0\.05 s"):
             trunk(ones(), past_key_values=cache)
         part.gate.set()
@@ -519,10 +540,13 @@ def test_a_step_that_takes_too_long_gives_up_its_session(daemon: Daemon, part: F
 
 
 def test_a_late_answer_is_not_taken_for_another(daemon: Daemon, part: FakePart) -> None:
-    with RemoteTrunk(daemon.url, "trunk", timeout=0.05) as trunk:
+    with RemoteTrunk(daemon.url, "trunk") as trunk:
+        cache = trunk.new_cache()
+        trunk(ones(), past_key_values=cache)
+        trunk._connection.timeout = 0.05
         part.gate.clear()
         with pytest.raises(RemoteUnavailable):
-            trunk(ones())
+            trunk(ones(), past_key_values=cache)
         part.gate.set()
         until(lambda: sessions_open(daemon) == 0)
         trunk._connection.timeout = 30

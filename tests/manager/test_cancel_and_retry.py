@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,26 @@ class Naps:
     async def __call__(self, seconds: float) -> None:
         self.seconds.append(seconds)
         await self.go_on.wait()
+
+
+class Clock:
+    """What owners of loads take for the time: it stands still until a test lets it go on.
+
+    Attributes:
+        step: Seconds that pass with each look at it.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.step = 1000.0, 0.0
+        monkeypatch.setattr(loads, "TICK", 0.001)
+        monkeypatch.setattr(loads, "time", self)
+
+    def monotonic(self) -> float:
+        self.now += self.step
+        return self.now
+
+    def time(self) -> float:
+        return self.now
 
 
 def phase(manager: AsyncModelManager, model_id: str = "a") -> LoadPhase | None:
@@ -223,13 +244,16 @@ async def test_a_load_that_hangs_is_given_up_and_not_tried_again(
     model_config: Config,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(loads, "TICK", 0.005)
-    policy = LoadPolicy(deadlines=LoadDeadlines(stall=0.02))
+    clock = Clock(monkeypatch)
+    policy = LoadPolicy(deadlines=LoadDeadlines(stall=20))
     manager = make_manager(load_policy=policy)
     held = loader.hold("a")
+    load = asyncio.create_task(manager.load_model(model_config()))
+    await held.started()
+    clock.step = 1.0
 
-    with pytest.raises(LoadTimeoutError, match=r"made no progress for 0.02 s \(reading, 0 of 60"):
-        await manager.load_model(model_config())
+    with pytest.raises(LoadTimeoutError, match=r"made no progress for 20 s \(reading, 0 of 60"):
+        await load
 
     assert loader.loads == ["a"]
     assert (await manager.get_model_info("a")).retry_at is None
@@ -260,26 +284,40 @@ async def test_a_load_that_creeps_is_given_up_by_its_size(
 async def test_a_queue_is_no_reason_to_give_up(
     make_manager: Make, model_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loads, "TICK", 0.001)
-    deadlines = LoadDeadlines(stall=0.1, base=0.1)
+    clock, looked = Clock(monkeypatch), asyncio.Event()
+    deadlines = LoadDeadlines(stall=10, base=10)
     manager = make_manager(max_workers=1, load_policy=LoadPolicy(deadlines=deadlines))
-    blocked = manager.executor.submit(time.sleep, 0.3)
+    go_on = threading.Event()
+    manager.executor.submit(go_on.wait, PATIENCE)
+    watch = manager._loads._watch
 
-    await manager.load_model(model_config())
+    def look(*args: Any, **kwargs: Any) -> None:
+        clock.now += 100
+        watch(*args, **kwargs)
+        looked.set()
 
-    assert blocked.done()
+    with monkeypatch.context() as patch:
+        patch.setattr(manager._loads, "_watch", look)
+        load = asyncio.create_task(manager.load_model(model_config()))
+        await looked.wait()
+    go_on.set()
+
+    assert await load
 
 
 async def test_an_estimate_that_hangs_is_given_up_too(
     make_manager: Make, loader: FakeLoader, model_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loads, "TICK", 0.005)
+    clock = Clock(monkeypatch)
     held = loader.hold("a", error=OSError("late"))
     monkeypatch.setattr(loader, "estimate", lambda _: held.run(None))
-    manager = make_manager(load_policy=LoadPolicy(deadlines=LoadDeadlines(stall=0.02)))
+    manager = make_manager(load_policy=LoadPolicy(deadlines=LoadDeadlines(stall=20)))
+    load = asyncio.create_task(manager.load_model(model_config()))
+    await held.started()
+    clock.step = 1.0
 
     with pytest.raises(LoadTimeoutError, match="made no progress"):
-        await manager.load_model(model_config())
+        await load
     held.release()
 
 
@@ -381,7 +419,7 @@ async def test_a_shutdown_ends_the_wait_for_another_attempt(
     load = asyncio.create_task(manager.load_model(model_config()))
     await until(lambda: naps.seconds != [])
 
-    await asyncio.wait_for(manager.shutdown(), PATIENCE)
+    await asyncio.wait_for(manager.shutdown(drain_timeout=3600), PATIENCE)
 
     with pytest.raises(RuntimeError, match="the manager shut down during the load"):
         await load

@@ -34,18 +34,19 @@ def test_threads_are_daemons_started_when_needed_and_used_again() -> None:
 def test_no_more_threads_run_than_are_allowed() -> None:
     inside, gate = threading.Semaphore(0), threading.Event()
 
-    def work() -> int:
+    def work() -> None:
         inside.release()
         gate.wait(30)
-        return threading.active_count()
 
-    with DaemonThreadPoolExecutor(2, "test") as executor:
-        before = threading.active_count()
+    def running() -> list[str]:
+        return [t.name for t in threading.enumerate() if t.name.startswith("counted-")]
+
+    with DaemonThreadPoolExecutor(2, "counted") as executor:
         futures = [executor.submit(work) for _ in range(6)]
         assert inside.acquire(timeout=30)
         assert inside.acquire(timeout=30)
         assert not inside.acquire(blocking=False)
-        assert threading.active_count() == before + 2
+        assert sorted(running()) == ["counted-0", "counted-1"]
         gate.set()
         wait(futures)
 

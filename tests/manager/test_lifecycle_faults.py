@@ -414,8 +414,13 @@ async def test_whoever_keeps_the_error_of_an_ended_use_does_not_keep_the_model(
 
 
 async def test_a_shutdown_waits_for_a_model_that_came_too_late_to_be_closed(
-    manager: AsyncModelManager, loader: FakeLoader, resources: ResourceManager, model_config: Config
+    manager: AsyncModelManager,
+    loader: FakeLoader,
+    resources: ResourceManager,
+    model_config: Config,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("splitlearn_manager.core.loads._SEE_OFF", PATIENCE)
     begun, go_on, closing = threading.Event(), threading.Event(), threading.Event()
 
     class Slow:
@@ -431,7 +436,7 @@ async def test_a_shutdown_waits_for_a_model_that_came_too_late_to_be_closed(
     )[-1]
     load = await manager.start_load(model_config())
     assert await asyncio.to_thread(begun.wait, PATIENCE)
-    shutdown = asyncio.create_task(manager.shutdown())
+    shutdown = asyncio.create_task(manager.shutdown(drain_timeout=3600))
     await until(lambda: load.progress.stopped is not None)
     loaded.release()
     await load.outcome()

@@ -305,7 +305,7 @@ async def test_a_shutdown_during_a_reload_ends_both(
     held = loader.hold("a")
     reload = asyncio.create_task(loaded.reload_model(model_config()))
     await held.started()
-    shutdown = asyncio.create_task(loaded.shutdown())
+    shutdown = asyncio.create_task(loaded.shutdown(drain_timeout=3600))
     await asyncio.sleep(0)
     held.release()
 

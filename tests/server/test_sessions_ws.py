@@ -20,6 +20,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from splitlearn_manager.observability import Metrics
 from splitlearn_manager.server import http_server
+from splitlearn_manager.server.http_server import SessionProtocol
 from splitlearn_manager.server.sessions_ws import SessionEndpoint
 from splitlearn_manager.serving.sessions import SessionTable
 from splitlearn_manager.serving.tensors import tensor_from_wire, tensor_to_wire
@@ -336,7 +337,7 @@ async def test_a_dropped_connection_frees_a_busy_session_when_its_step_ends(
 async def test_an_unloaded_model_ends_its_sessions(client: Client, manager: Any) -> None:
     session = await client.open()
 
-    await manager.unload_model("trunk")
+    await manager.unload_model("trunk", drain_timeout=0)
 
     closed = await client.receive()
     assert (closed.kind, closed.request, closed.session) == (Kind.CLOSED, 0, session)
@@ -456,8 +457,13 @@ async def test_a_client_that_stopped_reading_is_given_up(
     serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has an answer half-way in its socket, which it will never take in, and answers no ping."""
-    monkeypatch.setattr(http_server, "PING_INTERVAL", 0.5)
+    protocols: list[SessionProtocol] = []
+
+    def start_keepalive(protocol: SessionProtocol) -> None:
+        protocols.append(protocol)
+
     monkeypatch.setattr(http_server, "PING_TIMEOUT", 0.1)
+    monkeypatch.setattr(SessionProtocol, "start_keepalive", start_keepalive)
     served = await serve()
     async with connected(served.sessions_url(), sock=small_socket(served.url)) as client:
         session = await client.open()
@@ -466,6 +472,7 @@ async def test_a_client_that_stopped_reading_is_given_up(
         await client.send(Frame(Kind.STEP, 2, session, tensors=(rows,)))
         await until(lambda: served.steps("ok") == 1)
         assert served.sessions_open() == 1
+        protocols[0].send_keepalive_ping()
 
         await until(lambda: served.sessions_open() == 0)
         client.socket.transport.abort()

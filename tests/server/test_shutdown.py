@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -25,6 +24,8 @@ from splitlearn_manager.client.errors import RemoteUnavailable
 from splitlearn_manager.client.management import ManagementClient
 
 CHILD = Path(__file__).parents[1] / "support" / "daemon_child.py"
+SOON = 60.0
+"""Seconds for what takes one or two; what it must not wait for takes ten minutes."""
 
 
 class Child:
@@ -59,15 +60,14 @@ class Child:
         self.process.stdin.write("\n")
         self.process.stdin.flush()
 
-    def terminate(self) -> float:
-        """Send SIGTERM, wait until that is seen, and return when."""
+    def terminate(self) -> None:
+        """Send SIGTERM, and wait until that is seen."""
         self.process.terminate()
         while ask(self.url, "/v2/health/ready").json != {
             "ready": False,
             "error": "the server is shutting down",
         }:
             pass
-        return time.monotonic()
 
     def end(self) -> None:
         self.process.kill()
@@ -88,21 +88,19 @@ def start() -> Iterator[Callable[..., Child]]:
 
 
 def test_a_load_that_hangs_does_not_keep_the_process_alive(start: Callable[..., Child]) -> None:
-    child = start("1", "hang")
+    child = start("600", "hang")
     child.until("loading")
 
-    began = time.monotonic()
     child.process.terminate()
 
-    assert child.process.wait(30) == 0
-    assert time.monotonic() - began < 6  # a second for the drain, one for the load, and the exit
+    assert child.process.wait(SOON) == 0
 
 
 def test_who_waits_streams_and_keeps_connections_does_not_hold_the_end(
     start: Callable[..., Child],
 ) -> None:
-    """There are 20 s for steps in flight; nothing here is one."""
-    child = start("20", "trunk", "late")
+    """There are ten minutes for steps in flight; nothing here is one."""
+    child = start("600", "trunk", "late")
     child.until("loading")
     address = urlsplit(child.url).netloc
     with (
@@ -117,11 +115,9 @@ def test_who_waits_streams_and_keeps_connections_does_not_hold_the_end(
         while "splitlearn_requests_in_flight 2.0" not in _lines(child):
             pass
 
-        began = time.monotonic()
         child.process.terminate()
 
-        assert child.process.wait(30) == 0
-        assert time.monotonic() - began < 6
+        assert child.process.wait(SOON) == 0
         with pytest.raises(RemoteUnavailable, match=r"shutting down|shut down during the load"):
             waiting.result(30)
         assert all(event.name != "message" for event in events)  # read to its end
@@ -135,7 +131,7 @@ def _lines(child: Child) -> list[str]:
 def test_while_it_drains_probes_are_answered_and_nothing_begins(
     start: Callable[..., Child],
 ) -> None:
-    child = start()
+    child = start("600", "trunk")
     child.await_trunk()
     with RemoteTrunk(child.url, "trunk") as trunk, ThreadPoolExecutor() as pool:
         step = pool.submit(trunk, torch.ones(1, 1, 4))
@@ -144,7 +140,7 @@ def test_while_it_drains_probes_are_answered_and_nothing_begins(
         while child.client.model("trunk")["status"] != "unloading":
             pass
 
-        began = child.terminate()
+        child.terminate()
 
         assert ask(child.url, "/v2/health/live").status == 200
         for path in ("/v2/repository/models/trunk/load", "/v2/repository/models/trunk/unload"):
@@ -155,8 +151,7 @@ def test_while_it_drains_probes_are_answered_and_nothing_begins(
             unload.result(30)
         child.let_forward_go_on()
         assert torch.equal(step.result(30), torch.full((1, 1, 4), 2.0))
-        assert child.process.wait(30) == 0
-        assert time.monotonic() - began < 10
+        assert child.process.wait(SOON) == 0
 
 
 def test_a_second_signal_ends_a_load_that_hangs_at_once(start: Callable[..., Child]) -> None:
@@ -170,7 +165,7 @@ def test_a_second_signal_ends_a_load_that_hangs_at_once(start: Callable[..., Chi
 
         child.process.send_signal(signal.SIGINT)
 
-        assert child.process.wait(10) == -signal.SIGINT
+        assert child.process.wait(SOON) == -signal.SIGINT
         with pytest.raises(ConnectionError):
             step.result(30)
 
@@ -227,7 +222,7 @@ def test_sighup_reads_the_file_again(tmp_path: Path) -> None:
             "bottom": "ready",
         }
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(SOON) == 0
     finally:
         process.kill()
         process.communicate()

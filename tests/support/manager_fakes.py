@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from splitlearn_manager.core.events import TransitionEvent
     from splitlearn_manager.core.progress import LoadProgress
 
-PATIENCE = 10.0
+PATIENCE = 60.0
 """Seconds after which a test that should never wait so long fails instead of hanging."""
 
 
