@@ -43,6 +43,7 @@ def properties(model: Any) -> dict[str, str]:
         "layerwise": ",".join(v.name for v in getattr(model, "side_inputs", ()) if v.layerwise)
         or None,
         "max_positions": model.max_positions,
+        "rolls_back": getattr(model, "rolls_back", None),
         "dtype": _dtype(model),
         "device": str(model.device),
         "num_parameters": model.num_parameters(),

@@ -58,6 +58,9 @@ CLOSE_GOING_AWAY = 1001
 CLOSE_PROTOCOL_ERROR = 1002
 CLOSE_UNSUPPORTED_DATA = 1003
 
+_GOODBYES = (1000, 1001)
+"""With which a client that is done closes its connection."""
+
 
 class SessionEndpoint:
     """Accepts connections, and ends them all when the daemon drains.
@@ -153,6 +156,7 @@ class _Connection:
         self._closes: dict[int, int] = {}  # session -> the CLOSE request to be answered
         self._notices: deque[bytes] = deque()  # CLOSED frames that wait to be sent
         self._gone = False
+        self._lost = True  # until the client says goodbye
 
     async def run(self) -> None:
         """Read frames until the client is gone; then let what is in flight end, and free all."""
@@ -162,7 +166,7 @@ class _Connection:
                     await self._handle(message)
             finally:
                 self._gone = True
-                self._table.close_owned(self)
+                self._table.close_owned(self, lost=self._lost)
 
     def end(self, code: int, reason: str) -> None:
         """Close the connection, after whatever is being sent; must not block."""
@@ -183,6 +187,7 @@ class _Connection:
         """Return the next binary message, or `None` when there will be none."""
         message = await self._websocket.receive()
         if message["type"] == "websocket.disconnect":
+            self._lost = message.get("code") not in _GOODBYES
             return None
         data: bytes | None = message.get("bytes")
         if data is None:

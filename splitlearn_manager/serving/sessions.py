@@ -263,7 +263,7 @@ class SessionTable:
         state = session.state
         mask = await self._change(session, "roll_back", frame.position)
         state.length, state.mask, session.last = frame.position, mask, None
-        return _done(frame, state.length)
+        return _done(frame, state.length)  # asked again, it does nothing
 
     async def reorder(self, session: Session, frame: Frame) -> bytes:
         """Let the rows of a claimed session be those that the frame names; return the answer.
@@ -272,11 +272,15 @@ class SessionTable:
             BadStepError: It names no row, or one that there is not; the session is as it was.
             ManagerError: The model can't wait for it any longer.
         """
+        if session.last is not None and session.last.is_for(frame):
+            return session.last.reply
         rows = _row_numbers(frame.info.get("rows"))
         state = session.state
         mask = await self._change(session, "reorder", rows)
-        state.batch, state.mask, session.last = len(rows), mask, None
-        return _done(frame, state.length)
+        state.batch, state.mask = len(rows), mask
+        reply = _done(frame, state.length)
+        session.last = Answered(frame.request, frame.position, reply) if session.token else None
+        return reply
 
     async def _change(self, session: Session, change: str, argument: Any) -> Any:
         """Change a claimed session's cache, in the model's thread."""
@@ -307,12 +311,17 @@ class SessionTable:
         elif session.id in self._sessions:
             self._remove(session, reason)
 
-    def close_owned(self, owner: SessionOwner) -> None:
-        """End every session of a connection that is gone, or let it wait for its client."""
+    def close_owned(self, owner: SessionOwner, *, lost: bool = False) -> None:
+        """End every session of a connection that is gone.
+
+        Args:
+            owner: The connection.
+            lost: Whether its client may come back: sessions that are to be resumed wait for it.
+        """
         for session in self._all():
             if session.owner is not owner:
                 continue
-            if session.token and not self._draining:
+            if lost and session.token and not self._draining:
                 self._await_client(session)
             else:
                 self.close(session, CloseReason.CLOSED)

@@ -237,7 +237,7 @@ async def test_a_session_waits_for_its_client_and_answers_its_last_step_again(
     await bench.step(session, A)
     frame = bench.frame(session, B, request=50)
     first = await bench.ask(session, frame)
-    bench.table.close_owned(session.owner)
+    bench.table.close_owned(session.owner, lost=True)
     newcomer = Owner()
 
     resumed = await bench.table.resume(newcomer, session.id, session.token)
@@ -254,7 +254,7 @@ async def test_a_session_waits_for_its_client_and_answers_its_last_step_again(
 
 async def test_a_client_that_does_not_come_back_is_not_waited_for_longer(bench: Bench) -> None:
     session = await bench.open(resume=True)
-    bench.table.close_owned(session.owner)
+    bench.table.close_owned(session.owner, lost=True)
     await asyncio.sleep(0)
     assert len(bench.table) == 1
     assert bench.naps.asked[-1] == RESUME
@@ -270,7 +270,7 @@ async def test_a_session_of_which_resuming_was_not_asked_ends_with_its_connectio
 ) -> None:
     session = await bench.open()
     owner: Any = session.owner
-    bench.table.close_owned(owner)
+    bench.table.close_owned(owner, lost=True)
 
     assert owner.heard == [CloseReason.CLOSED]
     assert len(bench.table) == 0
@@ -294,13 +294,13 @@ async def test_whoever_has_the_token_need_not_wait_until_the_old_connection_is_l
 
     with pytest.raises(SessionError):
         bench.table.find(old, session.id)
-    bench.table.close_owned(old)
+    bench.table.close_owned(old, lost=True)
     assert bench.table.find(new, session.id) is session
 
 
 async def test_a_shutdown_waits_for_no_client(bench: Bench) -> None:
     session = await bench.open(resume=True)
-    bench.table.close_owned(session.owner)
+    bench.table.close_owned(session.owner, lost=True)
 
     assert await bench.table.drain(1) is True
     assert len(bench.table) == 0
