@@ -41,7 +41,7 @@ def loader() -> FakeLoader:
 
 @pytest.fixture(scope="module")
 def daemon(loader: FakeLoader) -> Iterator[Daemon]:
-    with fake_daemon(loader, "trunk", "top") as daemon:
+    with fake_daemon(loader, "trunk", "top", session_resume_timeout=0) as daemon:
         yield daemon
 
 
