@@ -104,8 +104,9 @@ def _tensor(slot: Slot, given: InputTensor) -> torch.Tensor:
         flat = torch.frombuffer(given.data, dtype=torch.uint8).ne(0)  # any other byte is no bool
     else:
         flat = _aligned(given, dtype)
-    if slot.values is not None:
-        _check_values(slot, flat)
+    allowed = slot.allowed(given.shape[1])
+    if allowed is not None:
+        _check_values(slot.name, flat, allowed)
     return flat.reshape(given.shape)
 
 
@@ -117,18 +118,16 @@ def _aligned(given: InputTensor, dtype: torch.dtype) -> torch.Tensor:
     return octets.view(dtype)
 
 
-def _check_values(slot: Slot, elements: torch.Tensor) -> None:
+def _check_values(name: str, elements: torch.Tensor, allowed: range) -> None:
     """Refuse whole numbers of which a model may look up each in a table.
 
     Raises:
         BadInferError: One is not in the table.
     """
-    allowed = slot.values or range(0)
     low, high = int(elements.min()), int(elements.max())
     if low not in allowed or high not in allowed:
         raise BadInferError(
-            f"input {slot.name!r} must be {allowed.start} to {allowed.stop - 1}, found {low} to"
-            f" {high}"
+            f"input {name!r} must be {allowed.start} to {allowed.stop - 1}, found {low} to {high}"
         )
 
 

@@ -61,7 +61,9 @@ class Slot:
         datatype: As the protocol calls it.
         sizes: Its sizes after batch and new positions.
         optional: Whether a request may leave it out.
-        values: What its elements must be among; `None` where the model does not mind.
+        values: What its elements must be among; `None` where the model does not mind, or they are
+            positions.
+        positions: Whether they are positions of the request.
     """
 
     name: str
@@ -69,12 +71,16 @@ class Slot:
     sizes: tuple[Size, ...] = ()
     optional: bool = False
     values: range | None = None
+    positions: bool = False
 
     @classmethod
     def beside(cls, value: CrossingValue) -> Self:
         """Return the place of a value that goes with the hidden states."""
-        values = None if value.below is None else range(value.below)
-        return cls(value.name, datatype_of(value.dtype), value.sizes, values=values)
+        datatype = datatype_of(value.dtype)
+        if value.below is not None:
+            return cls(value.name, datatype, value.sizes, values=range(value.below))
+        # Whole numbers that are no ids say which positions to attend to.
+        return cls(value.name, datatype, value.sizes, positions=datatype.startswith("INT"))
 
     @property
     def shape(self) -> list[int]:
@@ -91,6 +97,10 @@ class Slot:
             and len(sizes) == len(self.sizes)
             and all(size.fits(found) for size, found in zip(self.sizes, sizes, strict=True))
         )
+
+    def allowed(self, new: int) -> range | None:
+        """Return what its elements must be among, given how many positions the request has."""
+        return range(new) if self.positions else self.values
 
     def expected(self, batch: int | str = "batch", new: int | str = "positions") -> str:
         """Return datatype and shape in words: `FP32 [batch, positions, 64]`."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import ml_dtypes
@@ -12,46 +10,20 @@ import numpy as np
 import pytest
 import torch
 import tritonclient.http
-import tritonclient.http.aio
-from serving_fakes import ask, daemon_in_thread
+from infer_requests import NUMPY, call, models, serving, tensor
+from serving_fakes import ask
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
-from tritonclient.http import InferInput, InferRequestedOutput
+from tritonclient.http import InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
 from splitlearn_manager import ModelConfig
-from splitlearn_manager.config import DaemonConfig, ManagerLimits, ServerConfig
 
 IDS = np.array([[5, 17, 42, 3, 96], [8, 1, 0, 33, 2]], dtype=np.int64)
 MASK = np.array([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=np.int64)
 POSITIONS = np.array([[0, 0, 1, 2, 3], [0, 1, 2, 3, 4]], dtype=np.int64)
 
-NUMPY = {"FP32": np.float32, "FP16": np.float16, "BF16": ml_dtypes.bfloat16, "INT64": np.int64}
 DATATYPES = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
-
-
-def models(path: Any, dtype: str) -> list[ModelConfig]:
-    """Return the three parts and the whole of a checkpoint, each named `bottom-float32`, ...."""
-    parts = {"split_points": [2, 4]}
-    return [
-        ModelConfig(
-            f"{name}-{dtype}",
-            str(path),
-            dtype=dtype,
-            config={"component": name, **(parts if name != "full" else {})},
-        )
-        for name in ("bottom", "trunk", "top", "full")
-    ]
-
-
-@contextmanager
-def serving(configs: list[ModelConfig], **server: Any) -> Iterator[str]:
-    config = DaemonConfig(
-        server=ServerConfig(**{"port": 0, **server}),
-        manager=ManagerLimits(max_models=len(configs)),
-        models=tuple(configs),
-    )
-    with daemon_in_thread(config) as daemon:
-        yield daemon.url
 
 
 @pytest.fixture(scope="module")
@@ -73,27 +45,6 @@ def unsplit(tiny_checkpoint: Any) -> Callable[..., torch.Tensor]:
         return found
 
     return logits
-
-
-def tensor(name: str, array: Any, *, binary: bool = True) -> InferInput:
-    datatype = next(name for name, dtype in NUMPY.items() if array.dtype == dtype)
-    made = InferInput(name, list(array.shape), datatype)
-    made.set_data_from_numpy(array, binary_data=binary)
-    return made
-
-
-def call(client: str, url: str, model: str, inputs: list[InferInput], **options: Any) -> Any:
-    """Return what Triton's `http` or `http.aio` client gets."""
-    address = url.removeprefix("http://")
-    if client == "http":
-        with tritonclient.http.InferenceServerClient(address) as one:
-            return one.infer(model, inputs, **options)
-
-    async def wait() -> Any:
-        async with tritonclient.http.aio.InferenceServerClient(address) as one:
-            return await one.infer(model, inputs, **options)
-
-    return asyncio.run(wait())
 
 
 def chain(client: str, url: str, dtype: str, *, binary: bool, **options: Any) -> Any:
@@ -245,3 +196,49 @@ def test_requests_are_counted(tiny_checkpoint: Any) -> None:
     labels = 'model="bottom-float32"'
     assert f'splitlearn_infer_requests_total{{code="ok",{labels}}} 2.0' in metrics
     assert f'splitlearn_infer_requests_total{{code="bad_request",{labels}}} 1.0' in metrics
+
+
+# Token ids; indices and router states from layer to layer; rows for layers, and shared keys.
+SIDED = ["deepseek_v4", "glm_moe_dsa", "zaya", "gemma3n_text"]
+
+
+@pytest.mark.parametrize("model_type", SIDED)
+def test_what_goes_with_the_hidden_states_has_names_of_its_own(
+    tmp_path: Any, model_type: str
+) -> None:
+    """A client that knows nothing but the metadata chains four parts."""
+    whole = tiny_model(model_type)
+    whole.save_pretrained(tmp_path)
+    ids = np.arange(3, 17, dtype=np.int64).reshape(2, 7)
+    names = ("bottom", "trunk-0", "trunk-1", "top")
+    configs = [
+        ModelConfig(name, str(tmp_path), config={"component": name, "split_points": [1, 3, 5]})
+        for name in names
+    ]
+    held = {"input_ids": ids}
+    with (
+        serving(configs) as url,
+        tritonclient.http.InferenceServerClient(url.removeprefix("http://")) as client,
+    ):
+        for name in names:
+            metadata = client.get_model_metadata(name)
+            answer = client.infer(name, [tensor(*one) for one in taken(metadata, held)])
+            given = [output["name"] for output in metadata["outputs"]]
+            assert [output["name"] for output in answer.get_response()["outputs"]] == given
+            held |= {output: answer.as_numpy(output) for output in given}
+
+    with torch.no_grad():
+        expected = whole.eval()(torch.from_numpy(ids)).logits
+    assert same(held["logits"], expected)
+
+
+def taken(metadata: Any, held: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield a part's inputs; of rows for layers, the first are its own, and the rest for others."""
+    layerwise = metadata["properties"].get("layerwise", "").split(",")
+    for entry in metadata["inputs"]:
+        name = entry["name"]
+        if not entry.get("optional"):
+            layers = entry["shape"][2] if name in layerwise else None
+            yield name, np.ascontiguousarray(held[name][:, :, :layers] if layers else held[name])
+            if layers:
+                held[name] = held[name][:, :, layers:]
