@@ -198,11 +198,12 @@ def test_requests_are_counted(tiny_checkpoint: Any) -> None:
     assert f'splitlearn_infer_requests_total{{code="bad_request",{labels}}} 1.0' in metrics
 
 
-# Token ids; indices and router states from layer to layer; rows for layers, and shared keys.
-SIDED = ["deepseek_v4", "glm_moe_dsa", "zaya", "gemma3n_text"]
+# Token ids; indices and router states from layer to layer; rows for layers, and shared keys; and
+# with nothing beside the hidden states, a recurrent and a hybrid one.
+TYPES = ["deepseek_v4", "glm_moe_dsa", "zaya", "gemma3n_text", "mamba2", "bamba"]
 
 
-@pytest.mark.parametrize("model_type", SIDED)
+@pytest.mark.parametrize("model_type", TYPES)
 def test_what_goes_with_the_hidden_states_has_names_of_its_own(
     tmp_path: Any, model_type: str
 ) -> None:

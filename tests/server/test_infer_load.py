@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from infer_requests import HEADER_LENGTH, binary_entry, entry, post
-from serving_fakes import Answer, trunk_config
+from serving_fakes import Answer, FakePart, trunk_config
 
+from splitlearn_core import HiddenState
+from splitlearn_core.side_values import CrossingValue, Size
 from splitlearn_manager.config import ServerConfig
 from splitlearn_manager.errors import ConfigError
 from splitlearn_manager.server import answering, request_body
@@ -299,6 +301,45 @@ async def test_long_json_does_not_hold_up_the_event_loop(serve: Any, part: Any) 
     assert longest < at_once / 2
     found = np.array(answer.json["outputs"][0]["data"], dtype=np.float32)
     assert np.array_equal(found, 2 * hidden.reshape(-1))
+
+
+class SidePart(FakePart):
+    """Takes flags and places with its hidden states, and gives places back."""
+
+    side_inputs = (
+        CrossingValue("flags", "bool", (), ""),
+        CrossingValue("places", "int32", (Size(2, exact=False),), ""),
+    )
+    side_outputs = side_inputs[1:]
+
+    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
+        self.given = inputs
+        return HiddenState(super().__call__(inputs.tensor, **kwargs), inputs.side)
+
+
+async def test_what_goes_with_the_hidden_states(serve: Any, part: Any) -> None:
+    part.__class__ = SidePart
+    served = await serve()
+    beside = [
+        {"name": "flags", "datatype": "BOOL", "shape": [1, 2], "data": [True, False]},
+        entry("places", np.array([[[0], [1]]], dtype=np.int32)),
+    ]
+    given = {"inputs": [*ONE["inputs"], *beside]}
+    wrong = {"inputs": [*ONE["inputs"], beside[0], {**beside[1], "data": [0, 2]}]}
+    one = {**given, "outputs": [{"name": "places"}]}
+
+    all_of_it, some, refused, missing = [
+        await infer(served, document) for document in (given, one, wrong, ONE)
+    ]
+
+    assert part.given.side["flags"].tolist() == [[True, False]]
+    assert [out["name"] for out in all_of_it.json["outputs"]] == ["hidden_states", "places"]
+    assert some.json["outputs"] == [
+        {"name": "places", "datatype": "INT32", "shape": [1, 2, 1], "data": [0, 1]}
+    ]
+    assert refused.json["error"] == "input 'places' must be 0 to 1, found 0 to 2"
+    assert missing.json["error"] == "input 'flags' is missing: BOOL [batch, positions]"
+    assert len(part.calls) == 2
 
 
 def test_there_must_be_a_place() -> None:

@@ -14,6 +14,8 @@ import pytest
 from infer_requests import HEADER_LENGTH, binary_entry, entry, models, post, serving
 from serving_fakes import ask
 
+from splitlearn_manager.serving import signature
+
 IDS = np.array([[5, 17, 42]], dtype=np.int64)
 HIDDEN = np.ones((1, 3, 32), dtype=np.float32)
 LIMIT = 1 << 20
@@ -309,14 +311,25 @@ def test_only_who_asks_for_one_coding_gets_it(url: str, accepted: str, coding: s
     assert json.loads(unpack(answer.body))["outputs"][0]["shape"] == [1, 3, 32]
 
 
-def test_outputs_that_nobody_could_take_are_not_computed(url: str) -> None:
+@pytest.mark.parametrize(
+    ("binary", "said"),
+    [
+        (True, "for 700 x 64 positions would take 17382400 bytes, at most 10000000 are sent"),
+        (False, "at most 1048576 are written as JSON: ask for it as binary"),
+    ],
+)
+def test_outputs_that_nobody_could_take_are_not_computed(
+    url: str, monkeypatch: pytest.MonkeyPatch, binary: bool, said: str
+) -> None:
+    monkeypatch.setattr(signature, "MAX_OUTPUT_BYTES", 10_000_000 if binary else 1 << 30)
     rows = np.zeros((700, 64), dtype=np.int64)
     given = {"inputs": [binary_entry("input_ids", rows)]}
+    given["parameters"] = {"binary_data_output": binary}
 
     answer = post(url, "full-float32", given, rows.tobytes())
 
     assert answer.status == 400
-    assert "at most 1048576 are written as JSON: ask for it as binary" in answer.json["error"]
+    assert said in answer.json["error"]
 
 
 @pytest.mark.parametrize("content_type", ["application/octet-stream", "text/plain", "nonsense"])
