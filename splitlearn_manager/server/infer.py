@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response as EmptyResponse
@@ -108,6 +109,7 @@ class InferRoutes:
         self._stopping = stopping
         self._limit = max_body_bytes
         self._coders = asyncio.Semaphore(CODERS)
+        self._signatures: WeakKeyDictionary[AsyncManagedModel, Signature] = WeakKeyDictionary()
         self.places = Places(max_queue_size)
 
     def routes(self) -> list[Route]:
@@ -144,33 +146,38 @@ class InferRoutes:
         with self._counted(exchange), self.places.take(model_id):
             answer = await self._answer(exchange)
             if answer is None:
-                exchange.code = CANCELLED
+                self._count(exchange, CANCELLED)
                 await _nobody_there(scope, request.receive, send)
             else:
-                self._succeeded(exchange)
+                self._count(exchange, OK)
                 await send_answer(answer, scope, send)
 
     @contextmanager
     def _counted(self, exchange: _Exchange) -> Iterator[None]:
-        """Count a request by what becomes of it, once."""
+        """Count a request that ends in an error."""
         try:
             yield
         except ManagerError as error:
-            exchange.code = error.code
+            self._count(exchange, error.code)
             raise
         except asyncio.CancelledError:
-            exchange.code = exchange.code if exchange.code == OK else CANCELLED
+            self._count(exchange, CANCELLED)
             raise
-        finally:
-            self._metrics.inference(exchange.model_id, exchange.code)
-            if exchange.code != OK:
-                self._statistics.of(exchange.model_id).failed(exchange.age())
+        except Exception:
+            self._count(exchange, InferFailedError.code)
+            raise
 
-    def _succeeded(self, exchange: _Exchange) -> None:
-        exchange.code = OK
-        if exchange.stages is not None:
-            statistics = self._statistics.of(exchange.model_id)
+    def _count(self, exchange: _Exchange, code: str) -> None:
+        """Count a request by what has become of it; what happens to its answer is not counted."""
+        if exchange.counted:
+            return
+        exchange.counted = True
+        self._metrics.inference(exchange.model_id, code)
+        statistics = self._statistics.of(exchange.model_id)
+        if exchange.stages is not None and code == OK:
             statistics.succeeded(exchange.age(), exchange.stages)
+        else:
+            statistics.failed(exchange.age())
 
     async def _answer(self, exchange: _Exchange) -> Response | None:
         """Return the answer to a request; `None` if the client goes away before there is one."""
@@ -191,7 +198,7 @@ class InferRoutes:
         request = await self._code(short, _read, body, encoding, length, self._limit)
         read, answering = time.perf_counter_ns(), wanted_coding(headers.get("accept-encoding"))
         async with self._manager.use(exchange.model_id) as managed:
-            job = Signature.of(managed.model).job(request, most_json_bytes=self._limit)
+            job = self._signature(managed).job(request, most_json_bytes=self._limit)
             queued = time.perf_counter_ns()
             result = await self._run(managed, job, exchange)
         done, short = time.perf_counter_ns(), answering is None and _is_short(result)
@@ -204,6 +211,13 @@ class InferRoutes:
             compute_output=result.output_ns + time.perf_counter_ns() - done,
         )
         return response
+
+    def _signature(self, managed: AsyncManagedModel) -> Signature:
+        """Return what a model takes, which takes a look at each of its weights."""
+        known = self._signatures.get(managed)
+        if known is None:
+            known = self._signatures[managed] = Signature.of(managed.model)
+        return known
 
     async def _code(
         self, short: bool, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
@@ -241,7 +255,7 @@ class _Exchange:
     request: Request
     model_id: str
     started: int = field(default_factory=time.perf_counter_ns)
-    code: str = "internal"
+    counted: bool = False
     stages: Stages | None = None
 
     def age(self) -> int:

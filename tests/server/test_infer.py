@@ -243,3 +243,17 @@ def taken(metadata: Any, held: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, np.ascontiguousarray(held[name][:, :, :layers] if layers else held[name])
             if layers:
                 held[name] = held[name][:, :, layers:]
+
+
+def test_a_pipeline_is_a_whole_model(tiny_checkpoint: Any, unsplit: Any) -> None:
+    """Bottom and Top are in one daemon, the Trunk in another."""
+    with serving(models(tiny_checkpoint, "float32")[1:2]) as there:
+        options = {"split_points": [2, 4], "trunk": there, "trunk_model_id": "trunk-float32"}
+        pipeline = ModelConfig(
+            "whole", str(tiny_checkpoint), model_type="pipeline", dtype="float32", config=options
+        )
+        with serving([pipeline]) as here:
+            given = [tensor("input_ids", IDS), tensor("attention_mask", MASK)]
+            answer = call("http", here, "whole", given)
+
+    assert same(answer.as_numpy("logits"), unsplit("float32", input_ids=IDS, attention_mask=MASK))
