@@ -115,6 +115,9 @@ class Metrics:
         )
 
     def _define_requests(self) -> None:
+        self._inferences = self._counter(
+            "infer_requests_total", "Inference requests, by outcome", "model", "code"
+        )
         labels = ("route", "method", "code")
         self._requests = self._counter("requests_total", "HTTP requests", *labels)
         self._request_seconds = self._histogram(
@@ -186,6 +189,10 @@ class Metrics:
         """Count an HTTP request by the route that took it, never by its path."""
         self._requests.labels(route, method, str(code)).inc()
         self._request_seconds.labels(route).observe(seconds)
+
+    def inference(self, model_id: str, code: str) -> None:
+        """Count an inference request: `ok`, `cancelled` by its client, or an error's code."""
+        self._inferences.labels(model_id, code).inc()
 
     def observe_models(self, models: Iterable[ModelInfo]) -> None:
         """Set states and sizes of the models that there are now; those of others disappear."""

@@ -209,6 +209,8 @@ class Daemon:
             catalogue=catalogue,
             management=server.management,
             stopping=stopping,
+            max_body_bytes=server.max_frame_bytes,
+            max_queue_size=server.max_queue_size,
         )
         http = HttpServer(app, max_frame_bytes=server.max_frame_bytes)
         desired = DesiredModels(manager, catalogue, readiness)
