@@ -331,8 +331,9 @@ class ChainCache(Cache):
 
     def reset(self) -> None:
         """Forget everything in every part."""
+        calls = self._calls("reset")
         self._uneven = False
-        self._each("reset")
+        self._run(calls)
 
     def close(self) -> None:
         """End the sessions of parts that are elsewhere."""
@@ -343,6 +344,14 @@ class ChainCache(Cache):
 
     def _each(self, method: str, *args: Any) -> None:
         """Call `method` of every part's cache, having checked that all of them have it."""
+        self._run(self._calls(method), *args)
+
+    def _calls(self, method: str) -> list[Any]:
+        """Return `method` of every part's cache.
+
+        Raises:
+            NotImplementedError: One of them has none.
+        """
         calls = [getattr(part, method, None) for part in self.parts]
         for part, call in zip(self.parts, calls, strict=True):
             if call is None:
@@ -350,7 +359,9 @@ class ChainCache(Cache):
                     f"a {type(part).__name__} can't do {method}: with a part that is elsewhere,"
                     " generate without beams, assistant_model and prompt_lookup_num_tokens"
                 )
+        return calls
+
+    def _run(self, calls: Iterable[Any], *args: Any) -> None:
         with self.step():
             for call in calls:
-                if call is not None:
-                    call(*args)
+                call(*args)

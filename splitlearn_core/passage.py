@@ -103,6 +103,11 @@ class Passage(threading.local):
         self.given = self.cache = self._leaving = None
         self._rows = {}
 
+    @property
+    def device(self) -> torch.device | None:
+        """Device of what came from the part before; `None` where nothing did."""
+        return None if self.given is None else self.given.device
+
     # --- In --------------------------------------------------------------------------------
 
     def enter(self, number: int, call: Arguments) -> None:

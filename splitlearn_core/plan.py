@@ -70,10 +70,8 @@ def check_split_points(split_points: Iterable[SupportsIndex]) -> tuple[int, ...]
     Raises:
         ValueError: They are no integers, fewer than two, negative, or not in rising order.
     """
-    if not isinstance(split_points, Iterable):
-        raise ValueError(  # noqa: TRY004 - as for every bad split point
-            f"split points must be a list, as in [8, 24]; found {split_points!r}"
-        )
+    if not isinstance(split_points, Iterable) or getattr(split_points, "shape", None) == ():
+        raise ValueError(f"split points must be a list, as in [8, 24]; found {split_points!r}")
     points = tuple(map(layer_number, split_points))
     if len(points) < 2:  # noqa: PLR2004 - a Bottom, a Trunk and a Top need two cuts
         raise ValueError(f"split points must be at least two, as in [8, 24]; found {list(points)}")

@@ -61,13 +61,19 @@ class AbsentModule(nn.Module):
 class AbsentEmbedding(AbsentModule):
     """Stands where another part's embedding was; what it returns is never used."""
 
+    def __init__(self, real: nn.Module, passage: Passage) -> None:
+        super().__init__(real)
+        self._passage = passage
+
     def forward(self, *_: Any, **__: Any) -> torch.Tensor:
         """Return zeros [1, 1, width], which can be added to any hidden state.
 
-        They have the table's dtype: another would change that of the sum.
+        They have the table's dtype: another would change that of the sum.  They lie where the
+        hidden state does, with which no other device's could be added.
         """
         table: Any = self.real
-        return torch.zeros(1, 1, self.embedding_dim, dtype=table.weight.dtype)
+        shape = (1, 1, self.embedding_dim)
+        return torch.zeros(shape, dtype=table.weight.dtype, device=self._passage.device)
 
 
 class AbsentTable(AbsentModule):
@@ -85,9 +91,7 @@ class AbsentTable(AbsentModule):
     @property
     def weight(self) -> torch.Tensor:
         """Zeros of the table's shape, for code that looks into it itself."""
-        given = self._passage.given
-        device = given.device if given is not None else None
-        zero = torch.zeros((), dtype=self._passage.dtype, device=device)
+        zero = torch.zeros((), dtype=self._passage.dtype, device=self._passage.device)
         return zero.expand(self.num_embeddings, self.embedding_dim)
 
 
@@ -140,11 +144,11 @@ def prune(model: PreTrainedModel, family: Family, spec: ComponentSpec) -> Passag
     passage = Passage(family, spec, model.config, embedding.weight.shape[1])
     _replace_layers(layers, family, spec, passage)
     if not (spec.is_first and spec.is_last):
-        _replace(model, family.unused)
+        _replace(model, family.unused, passage)
     if not spec.is_first:
-        _replace(model, family.embeddings, passage if family.side else None)
+        _replace(model, family.embeddings, passage, by_ids=bool(family.side))
     if not spec.is_last:
-        _replace(model, family.epilogue)
+        _replace(model, family.epilogue, passage)
     if not spec.is_first:
         _let_in(layers, family, spec, passage)
     if not spec.is_last and spec.end_layer == len(layers):
@@ -163,13 +167,16 @@ def _replace_layers(
             layers[number] = LeavingLayer(layer, family, number, passage)
 
 
-def _replace(model: nn.Module, paths: tuple[str, ...], tables: Passage | None = None) -> None:
+def _replace(
+    model: nn.Module, paths: tuple[str, ...], passage: Passage, *, by_ids: bool = False
+) -> None:
     """Put a stub without weights in the place of each module in `paths`.
 
     Args:
         model: Changed in place.
         paths: Its modules.
-        tables: Where the forward is, if stubs of embeddings are to tell the shape of ids.
+        passage: Where the forward is.
+        by_ids: Whether stubs of embeddings are to tell the shape of ids.
     """
     for path in paths:
         parent, _, name = path.rpartition(".")
@@ -177,15 +184,15 @@ def _replace(model: nn.Module, paths: tuple[str, ...], tables: Passage | None = 
             continue  # a config may leave it out
         module = model.get_submodule(path)
         if isinstance(module, nn.ModuleList):
-            _replace(module, tuple(map(str, range(len(module)))), tables)
+            _replace(module, tuple(map(str, range(len(module)))), passage, by_ids=by_ids)
         else:
-            setattr(model.get_submodule(parent), name, _stub(module, tables))
+            setattr(model.get_submodule(parent), name, _stub(module, passage, by_ids=by_ids))
 
 
-def _stub(module: nn.Module, tables: Passage | None) -> AbsentModule:
+def _stub(module: nn.Module, passage: Passage, *, by_ids: bool) -> AbsentModule:
     """Return what stands in the place of a module."""
     if isinstance(module, nn.Embedding):
-        return AbsentEmbedding(module) if tables is None else AbsentTable(module, tables)
+        return (AbsentTable if by_ids else AbsentEmbedding)(module, passage)
     return AbsentLinear(module) if isinstance(module, nn.Linear) else AbsentModule(module)
 
 

@@ -37,15 +37,22 @@ def open_regular(path: Path) -> BufferedReader:
     except OSError:
         refuse_unless_regular(path)
         raise
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+    try:
+        _check_opened(file, path)
+    except BaseException:
         file.close()
+        raise
+    return file
+
+
+def _check_opened(file: BufferedReader, path: Path) -> None:
+    """Refuse what is no regular file, or only stands for one."""
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         raise _not_regular(path)
     if file.peek(len(_LFS_POINTER)).startswith(_LFS_POINTER):
-        file.close()
         raise CheckpointError(
             f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder"
         )
-    return file
 
 
 def refuse_unless_regular(path: Path) -> None:

@@ -41,6 +41,7 @@ from splitlearn_core.errors import CheckpointError, FetchError, ModelSourceError
 from splitlearn_core.loading.part_cache import PartCache, write_atomically
 from splitlearn_core.loading.remote import Identity, RemoteFile
 from splitlearn_core.loading.retries import Patience, TransientError, patiently
+from splitlearn_core.messages import in_one_line
 from splitlearn_core.shape import CONFIG_FILE
 
 logger = logging.getLogger(__name__)
@@ -235,8 +236,8 @@ class HubFiles:
         if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
             return ModelSourceError(self._absent("the hub has no such model (or hides it)"))
         if isinstance(error, HfHubHTTPError) and error.response.status_code in _LASTING:
-            return ModelSourceError(f"{self.repo_id}: the hub refuses: {error}")
-        return TransientError(f"{type(error).__name__}: {error}")
+            return ModelSourceError(f"{self.repo_id}: the hub refuses: {in_one_line(error)}")
+        return TransientError(in_one_line(error))
 
     @property
     def _caches(self) -> tuple[Path, Path]:

@@ -25,6 +25,7 @@ from splitlearn_core.loading.sources import (
     stored_as,
 )
 from splitlearn_core.loading.stages import LoadStage, enter_stage
+from splitlearn_core.messages import in_one_line
 from splitlearn_core.shape import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -277,4 +278,4 @@ def _safe_open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} can't be opened: {error}") from error
+        raise CheckpointError(f"{path} can't be opened: {in_one_line(error)}") from error

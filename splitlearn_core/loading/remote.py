@@ -26,6 +26,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported la
 
 from splitlearn_core.errors import CheckpointError, FetchError, ModelSourceError
 from splitlearn_core.loading.retries import TransientError
+from splitlearn_core.messages import in_one_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -156,7 +157,7 @@ class RemoteFile:
                 chunks = _counted(response.iter_raw(), last - start, label)
                 yield Answer(last, chunks, response.extensions.get("network_stream"))
         except httpx.HTTPError as error:
-            raise TransientError(f"{type(error).__name__}: {error}") from error
+            raise TransientError(in_one_line(error)) from error
 
     def _request_headers(self, storage: _Storage | None, start: int, end: int) -> dict[str, str]:
         headers = {**self._headers, "range": f"bytes={start}-{end - 1}"}

@@ -21,6 +21,7 @@ from splitlearn_core.errors import CheckpointError, ModelSourceError
 from splitlearn_core.headers import INDEX_FILE, SINGLE_FILE, read_header, read_index
 from splitlearn_core.loading.pages import MappedPages
 from splitlearn_core.loading.torch_files import read_torch_file
+from splitlearn_core.messages import in_one_line
 
 if TYPE_CHECKING:
     from splitlearn_core.headers import TensorInfo
@@ -161,7 +162,9 @@ class SafetensorsSource:
         try:
             tensor: torch.Tensor = self._open[file].get_tensor(name)
         except SafetensorError as error:
-            raise CheckpointError(f"{self.where(name)}: {name} can't be read: {error}") from error
+            raise CheckpointError(
+                f"{self.where(name)}: {name} can't be read: {in_one_line(error)}"
+            ) from error
         return tensor
 
     def copied(self, tensor: torch.Tensor) -> None:
@@ -187,7 +190,7 @@ class SafetensorsSource:
         try:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} can't be opened: {error}") from error
+            raise CheckpointError(f"{path} can't be opened: {in_one_line(error)}") from error
 
 
 class StateDictSource:

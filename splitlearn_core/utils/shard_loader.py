@@ -19,6 +19,7 @@ from splitlearn_core.loading.files import find_files
 from splitlearn_core.loading.sources import BIN_INDEX_FILE
 from splitlearn_core.loading.torch_files import read_torch_file
 from splitlearn_core.loading.type_names import names_of_type
+from splitlearn_core.messages import in_one_line
 from splitlearn_core.plan import BOTTOM, TOP
 from splitlearn_core.regular_files import read_json
 from splitlearn_core.utils.param_mapper import ParamMapper
@@ -132,7 +133,7 @@ class ShardLoader:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in names}
         except SafetensorError as error:
-            raise CheckpointError(f"{path} can't be read: {error}") from error
+            raise CheckpointError(f"{path} can't be read: {in_one_line(error)}") from error
 
 
 def _lent(names: Collection[str], model_type: str) -> set[str]:

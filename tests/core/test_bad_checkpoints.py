@@ -110,6 +110,20 @@ def test_sizes_beyond_all_measure(shape: list[int], tmp_path: Path) -> None:
     assert len(str(caught.value)) < 500
 
 
+@pytest.mark.parametrize("low_memory", [True, False])
+def test_metadata_that_no_message_could_show(low_memory: bool, damaged: Callable[..., Any]) -> None:
+    weights = damaged("llama").path / "model.safetensors"
+    content = weights.read_bytes()
+    (length,) = struct.unpack_from("<Q", content)
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = "x" * 100_000
+    write_safetensors(weights, header, content[8 + length :])
+
+    with pytest.raises(CheckpointError, match=r"model\.safetensors can't be opened: ") as caught:
+        load_split_model("auto", [2, 4], weights.parent, low_memory=low_memory)
+    assert len(str(caught.value)) < 1000
+
+
 def test_many_names_of_which_one_is_there_twice(tmp_path: Path) -> None:
     """Found in one pass: one that compares each with each would not end."""
     names = [*(f'"{number}":0' for number in range(300_000)), '"299999":0']

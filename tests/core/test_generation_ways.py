@@ -218,3 +218,23 @@ def test_a_cache_that_is_elsewhere_says_what_it_can_not_do(pair: Callable[[str],
         cache.activate_past_recording()
     assert len(cache.layers) == 6
     assert not cache.is_croppable
+
+
+@torch.no_grad()
+def test_a_reset_that_one_part_can_not_do_leaves_the_cache_unusable(
+    pair: Callable[[str], Pair],
+) -> None:
+    _, chain = pair("gpt2")
+
+    class Elsewhere:
+        def get_seq_length(self, layer_idx: int = 0) -> int:
+            return layer_idx
+
+    cache = ChainCache([chain.new_cache().parts[0], Elsewhere()])
+    with pytest.raises(KeyError), cache.step():
+        raise KeyError
+
+    with pytest.raises(NotImplementedError, match="can't do reset"):
+        cache.reset()
+    with pytest.raises(CacheMismatchError, match="begin again"), cache.step():
+        pass

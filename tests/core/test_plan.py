@@ -71,9 +71,10 @@ def test_whole_numbers_of_any_kind_become_pythons(points: Any) -> None:
     assert {type(spec.start_layer) for spec in plan.components} == {int}
 
 
-def test_one_number_is_no_list_of_points() -> None:
+@pytest.mark.parametrize("points", [4, np.array(4), torch.tensor(4)])
+def test_one_number_is_no_list_of_points(points: Any) -> None:
     with pytest.raises(ValueError, match="must be a list"):
-        SplitPlan.from_split_points(12, 4)  # type: ignore[arg-type]
+        SplitPlan.from_split_points(12, points)
 
 
 def test_allow_empty_admits_the_ends() -> None:
