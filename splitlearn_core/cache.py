@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from splitlearn_core.errors import CacheMismatchError
+from splitlearn_core.growing_layer import GrowingLayer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -37,6 +38,13 @@ class GhostLayer:
     def advance(self, positions: int) -> None:
         """Count `positions` more."""
         self._count(self.length + positions)
+
+    def at(self, length: int) -> GhostLayer:
+        """Return another that stands at `length` positions."""
+        other: GhostLayer = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._count(length)
+        return other
 
     def get_seq_length(self) -> int:
         """Return how many positions went through."""
@@ -108,9 +116,28 @@ class PartCache(DynamicCache):
         self._records_past = False
         owned = range(spec.start_layer, spec.end_layer)
         self.layers = [
-            layer if number in owned else _ghost_of(layer)  # type: ignore[misc]  # mixed in
+            _growing(layer) if number in owned else _ghost_of(layer)  # type: ignore[misc]  # mixed in
             for number, layer in enumerate(self.layers)
         ]
+
+    @property
+    def length(self) -> int:
+        """Positions that it holds."""
+        return next(layer.length for layer in self.layers if isinstance(layer, GhostLayer))
+
+    @property
+    def rows(self) -> int:
+        """Rows that it holds; 0 while it is empty."""
+        return next(
+            (tensor.shape[0] for tensor in self._held() if tensor.ndim and tensor.numel()), 0
+        )
+
+    def copy(self) -> PartCache:
+        """Return another cache that holds the same, in memory of its own."""
+        other: PartCache = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, _shared=dict(self._shared))
+        other.layers = [_copy_of(layer) for layer in self.layers]
+        return other
 
     def advance_ghosts(self, positions: int) -> None:
         """Count `positions` that a forward has just put through the layers that are here."""
@@ -161,10 +188,37 @@ class PartCache(DynamicCache):
     def nbytes(self) -> int:
         """Bytes that the states of the part's own layers take."""
         return sum(
-            tensor.nbytes
-            for layer in self.layers
-            for tensor in _tensors(list(vars(layer).values()))
+            {
+                t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._held()
+            }.values()
         )
+
+    def _held(self) -> Iterator[torch.Tensor]:
+        """Yield the tensors of the part's own layers."""
+        for layer in self.layers:
+            yield from _tensors(list(vars(layer).values()))
+
+
+def _growing(layer: Any) -> Any:
+    """Return a layer of full attention that grows in place, instead of transformers' own."""
+    return GrowingLayer() if type(layer) is DynamicLayer else layer
+
+
+def _copy_of(layer: Any) -> Any:
+    """Return a layer that holds the same, in memory of its own."""
+    other = object.__new__(type(layer))
+    held: dict[str, Any] = layer.__getstate__()
+    other.__dict__.update({name: _copied(value) for name, value in held.items()})
+    return other
+
+
+def _copied(value: Any) -> Any:
+    """Return tensors, and those in a dict, in memory of their own; anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return value
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

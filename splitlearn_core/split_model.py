@@ -121,6 +121,11 @@ class SplitModel(nn.Module):
         return any(side.kind == SHARED for side in self._family.side)
 
     @property
+    def rolls_back(self) -> bool:
+        """Whether its cache can forget its last positions: layers that keep states can not."""
+        return bool(self.new_cache().is_croppable)
+
+    @property
     def max_positions(self) -> int | None:
         """Positions that the model was made for; `None` where its config does not say."""
         limit: int | None = getattr(self._decoder_config, "max_position_embeddings", None)

@@ -42,6 +42,7 @@ LOAD_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800)
 AGE_BUCKETS = (1, 10, 60, 300, 1800, 3600, 6 * 3600, 24 * 3600, 7 * 24 * 3600)
 LAG_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
 STEP_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180)
 
 
@@ -61,6 +62,7 @@ class Metrics:
         self._define_models()
         self._define_memory()
         self._define_sessions()
+        self._define_forwards()
         self._define_requests()
 
     def _define_models(self) -> None:
@@ -101,7 +103,21 @@ class Metrics:
             "session_tokens_total", "Positions computed, times rows", "model"
         )
 
+    def _define_forwards(self) -> None:
+        self._rows = self._histogram(
+            "session_batch_rows", "Rows of a forward", BATCH_BUCKETS, "model"
+        )
+        self._forward_seconds = self._histogram(
+            "session_forward_duration_seconds", "Forwards of sessions", STEP_BUCKETS, "model"
+        )
+        self._step_queue_seconds = self._histogram(
+            "session_step_queue_seconds", "Until a step had its turn", STEP_BUCKETS, "model"
+        )
+
     def _define_requests(self) -> None:
+        self._inferences = self._counter(
+            "infer_requests_total", "Inference requests, by outcome", "model", "code"
+        )
         labels = ("route", "method", "code")
         self._requests = self._counter("requests_total", "HTTP requests", *labels)
         self._request_seconds = self._histogram(
@@ -160,10 +176,23 @@ class Metrics:
         self._step_seconds.labels(model_id).observe(seconds)
         self._tokens.labels(model_id).inc(tokens)
 
+    def forward(self, model_id: str, rows: int, seconds: float) -> None:
+        """Count a forward that sessions shared, or had alone: its rows, and how long it took."""
+        self._rows.labels(model_id).observe(rows)
+        self._forward_seconds.labels(model_id).observe(seconds)
+
+    def step_queued(self, model_id: str, seconds: float) -> None:
+        """Note how long a step waited for its turn."""
+        self._step_queue_seconds.labels(model_id).observe(seconds)
+
     def request(self, route: str, method: str, code: int, seconds: float) -> None:
         """Count an HTTP request by the route that took it, never by its path."""
         self._requests.labels(route, method, str(code)).inc()
         self._request_seconds.labels(route).observe(seconds)
+
+    def inference(self, model_id: str, code: str) -> None:
+        """Count an inference request: `ok`, `cancelled` by its client, or an error's code."""
+        self._inferences.labels(model_id, code).inc()
 
     def observe_models(self, models: Iterable[ModelInfo]) -> None:
         """Set states and sizes of the models that there are now; those of others disappear."""

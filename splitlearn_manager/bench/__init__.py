@@ -28,4 +28,7 @@ BENCHMARKS = {
         ("stored", "cast", "all-parts", "cold", "names", "peers", "hub"),
     ),
     "manager": Benchmark("splitlearn_manager.bench.manager", ("lock", "lag", "infer", "list")),
+    "serve": Benchmark(
+        "splitlearn_manager.bench.serve", ("streams", "many", "prompt", "echo", "idle")
+    ),
 }

@@ -58,6 +58,19 @@ class Shape:
 
 
 QWEN2_TINY = Shape("qwen2-tiny", "qwen2", _TINY)
+QWEN2_0_5B = Shape(
+    "qwen2-0.5b",
+    "qwen2",
+    {
+        "vocab_size": 151_936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+)
 QWEN2_1_5B = Shape(
     "qwen2-1.5b",
     "qwen2",

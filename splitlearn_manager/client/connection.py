@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT = 10.0
 CLOSE_TIMEOUT = 2.0
+RECONNECT_PAUSES = (0.1, 0.4)
+"""Seconds between attempts to connect again."""
+
 TEND_INTERVAL = 10.0
 """Seconds between two looks at an idle connection: servers wait 20 and more for a ping's answer."""
 
@@ -42,11 +45,16 @@ class RemoteSession:
     Attributes:
         id: Its id there.
         max_frame_bytes: Longest frame that the server reads, or `None` if it does not say.
+        token: What proves that it is ours, on another connection; empty if the server does not
+            keep sessions whose connection was lost.
+        lost: Whether its connection was lost, so that it must be resumed.
         ended: Why it has ended, once that is known.
     """
 
     id: int
     max_frame_bytes: int | None
+    token: str = ""
+    lost: bool = False
     ended: str | None = None
 
 
@@ -78,8 +86,11 @@ class SessionConnection:
 
     # --- Sessions --------------------------------------------------------------------------
 
-    def open_session(self) -> RemoteSession:
-        """Open a session.
+    def open_session(self, *, rollback: bool = False) -> RemoteSession:
+        """Open a session, which outlives this connection if the server lets it.
+
+        Args:
+            rollback: Whether its last step must always be possible to take back.
 
         Raises:
             RemoteError: The server refuses.
@@ -90,16 +101,24 @@ class SessionConnection:
             self._close_abandoned()  # the server may have no room beside them
             self._connect()
             try:
-                opened = self._ask(Frame(Kind.OPEN), Kind.OPENED)
+                wishes = {"resume": True, **({"rollback": True} if rollback else {})}
+                opened = self._ask(Frame(Kind.OPEN, info=wishes), Kind.OPENED)
             except RemoteSessionClosed as error:
                 raise RemoteUnavailable(str(error)) from error
-            session = RemoteSession(opened.session, opened.info.get("max_frame_bytes"))
+            session = RemoteSession(
+                opened.session,
+                opened.info.get("max_frame_bytes"),
+                str(opened.info.get("resume") or ""),
+            )
             self._live.add(session.id)
             self._sessions[session.id] = session
             return session
 
     def step(self, session: RemoteSession, frame: Frame) -> Frame:
         """Run a step, and return its RESULT.
+
+        Where the connection is lost meanwhile, the session is resumed and the step sent again: the
+        server runs it once.
 
         Raises:
             RemoteError: The server refused the step, and the session is as it was; or (code
@@ -108,10 +127,59 @@ class SessionConnection:
             RemoteUnavailable: No answer came in time; the session is given up.
             ValueError: The step is longer than the server reads.
         """
+        return self._ask_of(session, frame, Kind.RESULT)
+
+    def change(self, session: RemoteSession, frame: Frame) -> None:
+        """Ask for what changes a session without a step; raises as `step` does."""
+        self._ask_of(session, frame, Kind.DONE)
+
+    def _ask_of(self, session: RemoteSession, frame: Frame, expected: Kind) -> Frame:
+        """Ask something of a session, once more if the connection was lost on the way."""
         with self._turn:
             if session.ended is not None:
                 raise _closed(session)
-            return self._ask(replace(frame, session=session.id), Kind.RESULT, session)
+            if session.lost:
+                self._resume(session)
+            frame = replace(frame, session=session.id, request=self._next_request())
+            try:
+                return self._ask(frame, expected, session)
+            except RemoteSessionClosed:
+                if not session.lost:
+                    raise
+            self._resume(session)
+            return self._ask(frame, expected, session)
+
+    def _resume(self, session: RemoteSession) -> None:
+        """Take a session to a new connection.
+
+        Raises:
+            RemoteSessionClosed: The server does not know it any more, or can't be reached.
+        """
+        frame = Frame(Kind.RESUME, session=session.id, info={"resume": session.token})
+        try:
+            self._reconnect()
+            self._ask(frame, Kind.OPENED)
+        except (RemoteError, ConnectionError) as error:
+            session.ended = "connection_lost"
+            text = f"the connection to {self.address} was lost, and the session with it: {error}"
+            raise RemoteSessionClosed(text, "connection_lost") from error
+        session.lost = False
+        self._live.add(session.id)
+        self._sessions[session.id] = session
+
+    def _reconnect(self) -> None:
+        """Make the connection again, with some patience: a server takes a moment to come back.
+
+        Raises:
+            RemoteUnavailable: It can't be made.
+        """
+        for pause in RECONNECT_PAUSES:
+            try:
+                return self._connect()
+            except RemoteUnavailable as error:
+                logger.info("%s; trying again in %g s", error, pause)
+                time.sleep(pause)
+        return self._connect()
 
     def close_session(self, session_id: int) -> None:
         """Close a session, and wait until it is; where that fails, it is gone or will expire."""
@@ -159,12 +227,13 @@ class SessionConnection:
 
     def _ask(self, frame: Frame, expected: Kind, session: RemoteSession | None = None) -> Frame:
         """Send a request and return its answer; the caller has the turn."""
-        request = next(self._requests) & 0xFFFFFFFF
-        message = encode(replace(frame, request=request))
+        if not frame.request:
+            frame = replace(frame, request=self._next_request())
+        message = encode(frame)
         _check_length(message, session)
         try:
             self._send(message)
-            return self._answer(request, expected, session)
+            return self._answer(frame.request, expected, session)
         except WebSocketLost as error:
             self._disconnect("connection_lost")
             text = f"the connection to {self.address} was lost: {error}"
@@ -176,6 +245,9 @@ class SessionConnection:
         except (KeyboardInterrupt, SystemExit):
             self._disconnect("interrupted")  # nobody knows how much of a frame went through
             raise
+
+    def _next_request(self) -> int:
+        return next(self._requests) & 0xFFFFFFFF
 
     def _answer(self, request: int, expected: Kind, session: RemoteSession | None) -> Frame:
         """Read until the answer comes; other frames are for others, or came too late."""
@@ -266,9 +338,10 @@ class SessionConnection:
         return self._socket
 
     def _disconnect(self, reason: str) -> None:
-        """Drop the socket; every session on it has ended."""
+        """Drop the socket; every session on it has ended, or can be resumed."""
         for session in list(self._sessions.values()):
-            session.ended = reason
+            session.lost = bool(session.token) and reason == "connection_lost"
+            session.ended = None if session.lost else reason
         self._sessions.clear()
         self._live.clear()
         if self._socket is not None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from splitlearn_core.hidden_state import HiddenState
 
 _ANY = -1
-_NAMED = ("hidden_states", "attention_mask")
+_NAMED = ("hidden_states", "attention_mask", "position_ids")
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,11 @@ class RemoteTrunk:
         return self._description.gives
 
     @property
+    def rolls_back(self) -> bool:
+        """Whether its cache can forget its last positions."""
+        return self._description.facts.get("rolls_back") == "True"
+
+    @property
     def _description(self) -> Description:
         """What the server says about the part; it is asked once.
 
@@ -272,7 +277,7 @@ class RemoteTrunk:
 
     # --- Its sessions ----------------------------------------------------------------------
 
-    def _open_session(self) -> RemoteSession:
+    def _open_session(self, *, rollback: bool) -> RemoteSession:
         """Open a session, which is closed when nobody refers to it any more."""
         with self._lock:
             self._refuse_if_closed()
@@ -280,7 +285,7 @@ class RemoteTrunk:
                 self._attendant = Attendant(self._connection)
                 weakref.finalize(self, self._attendant.dismiss).atexit = False
             attendant = self._attendant
-        session = self._connection.open_session()
+        session = self._connection.open_session(rollback=rollback)
         if self._closed:  # meanwhile, and perhaps before the session's connection was made
             self._connection.close()
         self._refuse_if_closed()
@@ -334,6 +339,7 @@ class RemoteCache:
         self._length = 0
         self._batch: int | None = None
         self._mask: torch.Tensor | None = None  # bool [batch, length]; None while it is all ones
+        self._rollback = False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return how many positions are in the cache."""
@@ -367,9 +373,64 @@ class RemoteCache:
     def _send(self, tensors: tuple[WireTensor, ...]) -> Frame:
         """Run a step in the session, beginning it if there is none yet."""
         if self._session is None:
-            self._session = self.trunk._open_session()  # noqa: SLF001 - two halves of one thing
+            open_session = self.trunk._open_session  # noqa: SLF001 - two halves of one thing
+            self._session = open_session(rollback=self._rollback)
         frame = Frame(Kind.STEP, position=self._length, tensors=tensors)
         return self.trunk._connection.step(self._session, frame)  # noqa: SLF001
+
+    # --- What generation does with a cache, besides steps ----------------------------------
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can put it back as it was."""
+        return self.trunk.rolls_back
+
+    def activate_past_recording(self) -> None:
+        """Let sliding windows keep what `crop` needs to take the last step back.
+
+        Raises:
+            RuntimeError: The session has begun: it was to be asked for before the first step.
+        """
+        if self._session is not None and not self._rollback:
+            raise RuntimeError("activate_past_recording comes before a cache's first step")
+        self._rollback = self.is_croppable
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` positions (0 or less).
+
+        Raises:
+            RemoteError: (code `roll_back`) The server no longer has what came before them.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a negative number, found {tokens_to_remove}")
+        if tokens_to_remove and self._session is not None:
+            length = max(0, self._length + tokens_to_remove)
+            self._change(Frame(Kind.ROLL_BACK, position=length))
+            self._length = length
+            self._mask = None if self._mask is None else self._mask[:, :length]
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Let the rows be those that are named, each as often as it is."""
+        if self._session is not None:
+            rows = beam_idx.tolist()
+            self._change(Frame(Kind.REORDER, info={"rows": rows}))
+            self._batch = len(rows)
+            self._mask = None if self._mask is None else self._mask[beam_idx.cpu()]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        if self._batch is not None:
+            self.reorder_cache(torch.arange(self._batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows."""
+        if self._batch is not None:
+            self.reorder_cache(torch.arange(self._batch)[indices.cpu()])
+
+    def _change(self, frame: Frame) -> None:
+        """Change the session."""
+        if self._session is not None:
+            self.trunk._connection.change(self._session, frame)  # noqa: SLF001
 
     def _whole_mask(self, given: torch.Tensor | None, batch: int, new: int) -> torch.Tensor | None:
         """Return the mask of all positions, or `None` while it is all ones.

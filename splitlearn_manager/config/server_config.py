@@ -30,7 +30,14 @@ class ServerConfig:
         management: Whether models can be loaded and unloaded over the network.
         max_sessions: Most sessions, and so KV caches, at once.
         session_idle_timeout: Seconds after which a session without a step is closed.
-        max_frame_bytes: Longest message that is read from a client.
+        session_resume_timeout: Seconds that a session waits for a client whose connection was lost,
+            if that client asked for it; 0 for none.
+        max_batch_size: Most rows of one forward that sessions of a model share; 1 runs each step by
+            itself, equal to the bit to the same forward elsewhere.
+        prefill_chunk_size: Most positions of a prompt in one forward, where sessions share.
+        max_queue_size: Most inference requests of one model at once, from the first byte of the
+            body to the last of the answer; one more is refused with 429 and `Retry-After`.
+        max_frame_bytes: Longest message, or body of a request, that is read from a client.
         log_level: `debug`, `info`, `warning`, `error` or `critical`.
         log_format: `text` for people, `json` for one object per line.
         token_file: File with the bearer token that clients must send.
@@ -45,6 +52,10 @@ class ServerConfig:
     management: bool = False
     max_sessions: Count = 64
     session_idle_timeout: Seconds = 300.0
+    session_resume_timeout: Seconds = 30.0
+    max_batch_size: Count = 64
+    prefill_chunk_size: Annotated[int, Field(ge=16)] = 512
+    max_queue_size: Count = 64
     max_frame_bytes: Annotated[ByteCount, Field(ge=1024)] = 64 << 20
     log_level: LogLevel = "info"
     log_format: Literal["text", "json"] = "text"

@@ -14,11 +14,13 @@ from starlette.routing import Route
 from splitlearn_manager.core.resources import pool_of
 from splitlearn_manager.errors import ManagerError
 from splitlearn_manager.server.event_stream import EventRoutes
+from splitlearn_manager.server.infer import InferRoutes
 from splitlearn_manager.server.management import ManagementRoutes
 from splitlearn_manager.server.oip import OpenInferenceRoutes
 from splitlearn_manager.server.request_context import REQUEST_ID, RequestContextMiddleware
 from splitlearn_manager.server.responses import error_response, manager_error_response
 from splitlearn_manager.server.security import AccessPolicy, SecurityMiddleware
+from splitlearn_manager.server.statistics import StatisticsRoutes
 
 if TYPE_CHECKING:
     import asyncio
@@ -46,6 +48,8 @@ def build_app(
     catalogue: Catalogue,
     management: bool,
     stopping: asyncio.Event,
+    max_body_bytes: int,
+    max_queue_size: int,
 ) -> Starlette:
     """Return the application, which any ASGI server can run.
 
@@ -58,11 +62,24 @@ def build_app(
         catalogue: The models that requests may name.
         management: Whether requests may load and unload them.
         stopping: Set when the daemon begins to shut down: whoever waits then waits no longer.
+        max_body_bytes: Longest body of an inference request.
+        max_queue_size: Most inference requests of one model at once.
     """
     extensions = ("model_repository(unload_dependents)",) if management else ()
     managing = ManagementRoutes(manager, catalogue, enabled=management, stopping=stopping)
+    statistics = StatisticsRoutes(manager)
+    inference = InferRoutes(
+        manager,
+        statistics,
+        metrics,
+        stopping,
+        max_body_bytes=max_body_bytes,
+        max_queue_size=max_queue_size,
+    )
     app = Starlette(
         routes=[
+            *statistics.routes(),
+            *inference.routes(),
             *OpenInferenceRoutes(manager, readiness, catalogue, extensions).routes(),
             *managing.routes(),
             *EventRoutes(manager, catalogue, stopping).routes(),

@@ -38,6 +38,7 @@ from splitlearn_manager.server.readiness import Readiness
 from splitlearn_manager.server.security import AccessPolicy
 from splitlearn_manager.server.sessions_ws import SessionEndpoint
 from splitlearn_manager.server.systemd import Notifier, keep_watchdog
+from splitlearn_manager.serving.batcher import BatchLimits
 from splitlearn_manager.serving.sessions import SessionTable
 
 if TYPE_CHECKING:
@@ -193,7 +194,9 @@ class Daemon:
             manager,
             max_sessions=server.max_sessions,
             idle_timeout=server.session_idle_timeout,
+            resume_timeout=server.session_resume_timeout,
             metrics=self.metrics,
+            limits=BatchLimits(server.max_batch_size, server.prefill_chunk_size),
         )
         sessions = SessionEndpoint(manager, table, max_frame_bytes=server.max_frame_bytes)
         stopping = asyncio.Event()
@@ -206,6 +209,8 @@ class Daemon:
             catalogue=catalogue,
             management=server.management,
             stopping=stopping,
+            max_body_bytes=server.max_frame_bytes,
+            max_queue_size=server.max_queue_size,
         )
         http = HttpServer(app, max_frame_bytes=server.max_frame_bytes)
         desired = DesiredModels(manager, catalogue, readiness)

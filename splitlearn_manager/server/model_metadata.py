@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from splitlearn_manager.serving.signature import Signature, component_of
+
+if TYPE_CHECKING:
+    from splitlearn_manager.serving.signature import Slot
 
 MODEL_VERSION = "1"
 PLATFORM = "splitlearn_safetensors"
-
-_DATATYPES = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16", "float64": "FP64"}
-_DATATYPES |= {"int64": "INT64", "int32": "INT32"}
-_ANY = -1
+BACKEND = "splitlearn"
 
 
 def describe(model_id: str, model: Any) -> dict[str, Any]:
-    """Return the metadata of a model: names, datatypes and shapes, -1 where they vary."""
-    component = component_of(model)
+    """Return the metadata of a model: names, datatypes and shapes, -1 where they vary.
+
+    What goes with the hidden states has its code in frames of sessions by its place here.
+    """
+    signature = Signature.of(model)
     return {
         "name": model_id,
         "versions": [MODEL_VERSION],
         "platform": PLATFORM,
-        "inputs": [_input(component, model), *_beside(model, "side_inputs"), _mask()],
-        "outputs": [_output(component, model), *_beside(model, "side_outputs")],
+        "inputs": list(map(_described, signature.inputs)),
+        "outputs": list(map(_described, signature.outputs)),
         "properties": properties(model),
     }
 
 
-def component_of(model: Any) -> str:
-    """Return `bottom`, `trunk`, …, `full`; a model whose parts are in several places has none."""
-    return getattr(model, "component", "pipeline")
+def describe_config(model_id: str, model: Any) -> dict[str, Any]:
+    """Return a model's configuration as Triton has it, as far as it says something here.
+
+    Batches are the first size of every tensor, which Triton calls a `max_batch_size` of 0: its
+    server adds no size of its own.
+    """
+    signature = Signature.of(model)
+    return {
+        "name": model_id,
+        "platform": PLATFORM,
+        "backend": BACKEND,
+        "version_policy": {"latest": {"num_versions": 1}},
+        "max_batch_size": 0,
+        "input": list(map(_configured, signature.inputs)),
+        "output": list(map(_configured, signature.outputs)),
+    }
 
 
 def properties(model: Any) -> dict[str, str]:
@@ -43,6 +61,7 @@ def properties(model: Any) -> dict[str, str]:
         "layerwise": ",".join(v.name for v in getattr(model, "side_inputs", ()) if v.layerwise)
         or None,
         "max_positions": model.max_positions,
+        "rolls_back": getattr(model, "rolls_back", None),
         "dtype": _dtype(model),
         "device": str(model.device),
         "num_parameters": model.num_parameters(),
@@ -51,42 +70,14 @@ def properties(model: Any) -> dict[str, str]:
     return {name: str(fact) for name, fact in facts.items() if fact is not None}
 
 
-def _input(component: str, model: Any) -> dict[str, Any]:
-    """Return the one positional input."""
-    if component == "top" or component.startswith("trunk"):
-        return _hidden_states(model)
-    return {"name": "input_ids", "datatype": "INT64", "shape": [_ANY, _ANY]}
+def _described(slot: Slot) -> dict[str, Any]:
+    entry = {"name": slot.name, "datatype": slot.datatype, "shape": slot.shape}
+    return entry | ({"optional": True} if slot.optional else {})
 
 
-def _output(component: str, model: Any) -> dict[str, Any]:
-    """Return the one output."""
-    if component == "bottom" or component.startswith("trunk"):
-        return _hidden_states(model)
-    shape = [_ANY, _ANY, model.config.get_text_config(decoder=True).vocab_size]
-    return {"name": "logits", "datatype": _DATATYPES[_dtype(model)], "shape": shape}
-
-
-def _hidden_states(model: Any) -> dict[str, Any]:
-    dtype = str(model.hidden_dtype).removeprefix("torch.")
-    shape = [_ANY, _ANY, *model.hidden_shape]
-    return {"name": "hidden_states", "datatype": _DATATYPES[dtype], "shape": shape}
-
-
-def _beside(model: Any, which: str) -> list[dict[str, Any]]:
-    """Return what goes with the hidden states; in frames it has codes in this order."""
-    return [
-        {
-            "name": value.name,
-            "datatype": _DATATYPES[value.dtype],
-            "shape": [_ANY, _ANY, *(size.most if size.exact else _ANY for size in value.sizes)],
-        }
-        for value in getattr(model, which, ())
-    ]
-
-
-def _mask() -> dict[str, Any]:
-    shape = [_ANY, _ANY]
-    return {"name": "attention_mask", "datatype": "INT64", "shape": shape, "optional": True}
+def _configured(slot: Slot) -> dict[str, Any]:
+    entry = {"name": slot.name, "data_type": f"TYPE_{slot.datatype}", "dims": slot.shape}
+    return entry | ({"optional": True} if slot.optional else {})
 
 
 def _hidden_dtype(model: Any) -> str | None:

@@ -1,4 +1,6 @@
-"""The Open Inference Protocol v2: health, metadata, repository index.
+"""The Open Inference Protocol v2: health, metadata, configuration, repository index.
+
+Inference is in `infer.py`, statistics in `statistics.py`.
 
 Source: github.com/kserve/open-inference-protocol, specification/protocol/inference_rest.md, and
 for the index Triton's model repository extension.
@@ -8,14 +10,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from splitlearn_manager.core.states import ModelStatus
-from splitlearn_manager.errors import ModelLoadingError
 from splitlearn_manager.observability import version
-from splitlearn_manager.server.model_metadata import MODEL_VERSION, describe
+from splitlearn_manager.server.model_metadata import MODEL_VERSION, describe, describe_config
+from splitlearn_manager.server.model_path import named_model, ready_model
 from splitlearn_manager.server.model_state import NOT_LOADED, as_json, reason_of
 from splitlearn_manager.server.request_body import json_object
 from splitlearn_manager.server.responses import error_response
@@ -29,7 +30,12 @@ if TYPE_CHECKING:
     from splitlearn_manager.server.catalogue import Catalogue
     from splitlearn_manager.server.readiness import Readiness
 
-EXTENSIONS = ("splitlearn_sessions",)
+EXTENSIONS = (
+    "binary_tensor_data",
+    "statistics",
+    "model_configuration",
+    "splitlearn_sessions",
+)
 
 LIVE_PATIENCE = 0.8
 """Seconds for the manager to show that it can decide things: less than probes wait, by default."""
@@ -74,8 +80,10 @@ class OpenInferenceRoutes:
             Route("/v2/health/ready", self.ready, methods=["GET"]),
             Route(model, self.model_metadata, methods=["GET"]),
             Route(f"{model}/ready", self.model_ready, methods=["GET"]),
+            Route(f"{model}/config", self.model_config, methods=["GET"]),
             Route(versioned, self.model_metadata, methods=["GET"]),
             Route(f"{versioned}/ready", self.model_ready, methods=["GET"]),
+            Route(f"{versioned}/config", self.model_config, methods=["GET"]),
             Route("/v2/repository/index", self.repository_index, methods=["POST"]),
         ]
 
@@ -106,15 +114,19 @@ class OpenInferenceRoutes:
 
     async def model_metadata(self, request: Request) -> Response:
         """Say what a model takes and gives."""
-        model_id = _model_id(request)
-        managed = await self._manager.get_model(model_id)
-        if managed is None:
-            raise ModelLoadingError(reason_of(await self._manager.get_model_info(model_id)))
+        model_id = named_model(request)
+        managed = await ready_model(self._manager, model_id)
         return JSONResponse(describe(model_id, managed.model))
+
+    async def model_config(self, request: Request) -> Response:
+        """Say the same as Triton's configuration of a model does."""
+        model_id = named_model(request)
+        managed = await ready_model(self._manager, model_id)
+        return JSONResponse(describe_config(model_id, managed.model))
 
     async def model_ready(self, request: Request) -> Response:
         """Say whether a model can be used; 503 and the reason if not."""
-        model = await self._manager.get_model_info(_model_id(request))
+        model = await self._manager.get_model_info(named_model(request))
         if model.status is ModelStatus.READY:
             return JSONResponse({"name": model.model_id, "ready": True})
         body = {"name": model.model_id, "ready": False, "error": reason_of(model)}
@@ -132,17 +144,6 @@ class OpenInferenceRoutes:
         return JSONResponse(
             [entry for entry in entries if not only_ready or entry["state"] == "READY"]
         )
-
-
-def _model_id(request: Request) -> str:
-    """Return the model that a path names; there is one version of each."""
-    wanted = request.path_params.get("version", MODEL_VERSION)
-    model_id: str = request.path_params["model"]
-    if wanted != MODEL_VERSION:
-        raise HTTPException(
-            404, f"model {model_id!r} has no version {wanted}, only {MODEL_VERSION}"
-        )
-    return model_id
 
 
 def _index_entry(model: ModelInfo) -> dict[str, str]:

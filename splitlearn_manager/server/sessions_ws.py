@@ -13,8 +13,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from starlette.exceptions import HTTPException
 from starlette.routing import Route, WebSocketRoute
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
     from starlette.websockets import WebSocket
 
     from splitlearn_manager.core.async_model_manager import AsyncModelManager
-    from splitlearn_manager.serving.sessions import Session, SessionTable
+    from splitlearn_manager.serving.session import Session
+    from splitlearn_manager.serving.sessions import SessionTable
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +52,14 @@ PATH = "/v2/models/{model}/sessions"
 
 MAX_ERROR_TEXT = 1000
 
+_Work = Callable[["Session", Frame], Awaitable[bytes]]
+
 CLOSE_GOING_AWAY = 1001
 CLOSE_PROTOCOL_ERROR = 1002
 CLOSE_UNSUPPORTED_DATA = 1003
+
+_GOODBYES = (1000, 1001)
+"""With which a client that is done closes its connection."""
 
 
 class SessionEndpoint:
@@ -149,6 +156,7 @@ class _Connection:
         self._closes: dict[int, int] = {}  # session -> the CLOSE request to be answered
         self._notices: deque[bytes] = deque()  # CLOSED frames that wait to be sent
         self._gone = False
+        self._lost = True  # until the client says goodbye
 
     async def run(self) -> None:
         """Read frames until the client is gone; then let what is in flight end, and free all."""
@@ -158,7 +166,7 @@ class _Connection:
                     await self._handle(message)
             finally:
                 self._gone = True
-                self._table.close_owned(self)
+                self._table.close_owned(self, lost=self._lost)
 
     def end(self, code: int, reason: str) -> None:
         """Close the connection, after whatever is being sent; must not block."""
@@ -179,6 +187,7 @@ class _Connection:
         """Return the next binary message, or `None` when there will be none."""
         message = await self._websocket.receive()
         if message["type"] == "websocket.disconnect":
+            self._lost = message.get("code") not in _GOODBYES
             return None
         data: bytes | None = message.get("bytes")
         if data is None:
@@ -203,9 +212,17 @@ class _Connection:
         """Do what a frame asks for."""
         match frame.kind:
             case Kind.STEP:
-                self._start_step(frame)
+                self._start(frame, self._table.step)
+            case Kind.ROLL_BACK:
+                self._start(frame, self._table.roll_back)
+            case Kind.REORDER:
+                self._start(frame, self._table.reorder)
+            case Kind.FORK:
+                self._start(frame, self._fork)
             case Kind.OPEN:
                 await self._open(frame)
+            case Kind.RESUME:
+                await self._resume(frame)
             case Kind.CLOSE:
                 self._close_session(frame)
             case other:
@@ -214,11 +231,28 @@ class _Connection:
 
     async def _open(self, frame: Frame) -> None:
         """Open a session."""
-        unknown = sorted(frame.info.keys() - {"max_length"})
-        if unknown:
-            raise BadOpenError(f"OPEN has max_length or nothing, found {', '.join(unknown)}")
-        wanted = frame.info.get("max_length")
-        session = await self._table.open(self, self._model_id, wanted)
+        wanted = _wishes(frame)
+        session = await self._table.open(self, self._model_id, **wanted)
+        await self._send(self._opened(session, frame))
+
+    async def _fork(self, session: Session, frame: Frame) -> bytes:
+        """Open a session that holds what another holds."""
+        return self._opened(await self._table.fork(session), frame)
+
+    async def _resume(self, frame: Frame) -> None:
+        """Take a session over from a connection that was lost."""
+        token = frame.info.get("resume")
+        try:
+            if not isinstance(token, str):
+                raise BadOpenError("RESUME has the session's token as resume")
+            session = await self._table.resume(self, frame.session, token)
+        except SessionError as error:
+            await self._send_refusal(frame, error)
+        else:
+            await self._send(self._opened(session, frame))
+
+    def _opened(self, session: Session, frame: Frame) -> bytes:
+        """Return the answer that says what a session is."""
         contract = session.state.contract
         info = {
             "session": session.id,
@@ -228,7 +262,10 @@ class _Connection:
             "idle_timeout": self._table.idle_timeout,
             "max_frame_bytes": self._max_frame_bytes,
         }
-        await self._send(encode(Frame(Kind.OPENED, frame.request, session.id, info=info)))
+        if session.token:
+            info |= {"resume": session.token, "resume_timeout": self._table.resume_timeout}
+        length = session.state.length
+        return encode(Frame(Kind.OPENED, frame.request, session.id, length, info=info))
 
     def _close_session(self, frame: Frame) -> None:
         """Close a session, when its step in flight is answered; `session_closed` answers."""
@@ -238,18 +275,18 @@ class _Connection:
         self._closes[session.id] = frame.request
         self._table.close(session, CloseReason.CLOSED)
 
-    def _start_step(self, frame: Frame) -> None:
-        """Start the task that runs a step and answers it."""
+    def _start(self, frame: Frame, work: _Work) -> None:
+        """Start the task that does what a frame asks of a session, and answers it."""
         session = self._table.claim(self, frame.session)
-        session.task = self._tasks.create_task(self._answer_step(session, frame))
+        session.task = self._tasks.create_task(self._answer(session, frame, work))
         # Not in the task itself: one that is cancelled before it begins runs none of its code.
         session.task.add_done_callback(lambda _: self._table.release(session))
 
-    async def _answer_step(self, session: Session, frame: Frame) -> None:
-        """Run a step, and answer it."""
+    async def _answer(self, session: Session, frame: Frame, work: _Work) -> None:
+        """Do it, and answer."""
         try:
-            reply = await self._table.step(session, frame)
-        except SessionError as error:
+            reply = await work(session, frame)
+        except ManagerError as error:
             await self._send_refusal(frame, error)
         else:
             await self._send(reply)
@@ -293,6 +330,21 @@ class _Connection:
                 await self._websocket.close(code, reason)
             except WebSocketDisconnect:
                 self._gone = True
+
+
+def _wishes(frame: Frame) -> dict[str, Any]:
+    """Return what OPEN asks for.
+
+    Raises:
+        BadOpenError: It asks for something else, or in another form.
+    """
+    known = ("max_length", "rollback", "resume")
+    if unknown := sorted(frame.info.keys() - set(known)):
+        raise BadOpenError(f"OPEN has {', '.join(known)} or nothing, found {', '.join(unknown)}")
+    for name in known[1:]:
+        if not isinstance(frame.info.get(name, False), bool):
+            raise BadOpenError(f"{name} must be true or false, found {frame.info[name]!r}")
+    return dict(frame.info)
 
 
 async def _upgrade_required(request: Request) -> Response:

@@ -16,6 +16,13 @@ T = TypeVar("T")
 
 SHUTTING_DOWN = "the server is shutting down"
 
+PATIENCE = 30.0
+"""Seconds that a client has for sending its body, or taking its answer, besides what their length
+gives it."""
+
+BYTES_PER_SECOND = 64 * 1024
+"""How much of them a client has to send, or take, on average from then on."""
+
 
 async def client_gone(receive: Receive) -> None:
     """Return when the client has closed its connection; its body must have been read."""
@@ -55,3 +62,21 @@ async def wait_for_client(
     if stopping.is_set():
         raise HTTPException(503, SHUTTING_DOWN)
     return None
+
+
+async def unless_gone(work: asyncio.Task[T], receive: Receive) -> T | None:
+    """Wait for work that ends with the client, or with whoever waits.
+
+    Returns:
+        Its result; `None` if the client goes away before: the work is then cancelled.
+
+    Raises:
+        Exception: What the work raises.
+    """
+    try:
+        await first_of(asyncio.wait({work}), client_gone(receive))
+        return work.result() if work.done() else None
+    finally:
+        if not work.done():
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)

@@ -4,6 +4,7 @@
     ├── BadOpenError (ValueError)                 400   bad_open
     ├── BadStepError (ValueError)                 400   bad_step
     ├── BadPositionError (ValueError)             409   bad_position
+    ├── RollBackError (ValueError)                409   roll_back
     ├── TooLongError (ValueError)                 400   too_long
     ├── UnsupportedComponentError (ValueError)    400   unsupported_component
     ├── UnknownSessionError (KeyError)            404   unknown_session
@@ -46,6 +47,13 @@ class BadPositionError(SessionError, ValueError):
 
     http_status = 409
     code = "bad_position"
+
+
+class RollBackError(SessionError, ValueError):
+    """The session can't forget what it is asked to forget; says why."""
+
+    http_status = 409
+    code = "roll_back"
 
 
 class TooLongError(SessionError, ValueError):

@@ -1,16 +1,27 @@
-"""The forward of a step: from the bytes of its frame to those of the answer, in one call."""
+"""The forwards of steps: from the bytes of their frames to those of the answers.
+
+Everything here runs in the thread of a model.  A step runs alone, in one piece or in several, or
+together with steps of other sessions, as one batch.  Caches are filled in place; the rest of a
+session's `State` is only read: it belongs to the event loop.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from splitlearn_core.hidden_state import HiddenState
-from splitlearn_manager.serving.errors import BadStepError
+from splitlearn_core.joined_cache import JoinedCache
+from splitlearn_manager.serving.cache_changes import trim
+from splitlearn_manager.serving.errors import BadStepError, StepFailedError
 from splitlearn_manager.serving.step import Contract, Part, SideTensor, State, Step, shown
 from splitlearn_manager.serving.tensors import tensor_from_wire, tensor_to_wire
 from splitlearn_manager.serving.wire import Frame, Kind, TensorName, WireTensor, encode
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,42 +32,240 @@ class Outcome:
     mask: torch.Tensor | None
 
 
-def run_step(part: Part, state: State, step: Step) -> Outcome:
-    """Run a step and encode its answer; in the model's thread.
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a step brings, as tensors.
 
-    The cache is filled in place.  The rest of `state` is only read: it belongs to the event loop.
+    Attributes:
+        given: Hidden states [batch, new, *hidden_shape], with what goes with them.
+        positions: int64 [batch, new], where the client said them.
+        mask: uint8 [batch, length + new], where a step of the session had one.
+    """
+
+    given: HiddenState
+    positions: torch.Tensor | None
+    mask: torch.Tensor | None
+
+
+@dataclass(eq=False, slots=True)
+class Work:
+    """A step on its way.
+
+    Attributes:
+        state: The session's.
+        step: What is to be done.
+        cache: The session's, which may end, and let go of it, while its step is under way.
+        inputs: Its tensors, once it has begun.
+        pieces: What the part gave for the positions that are done.
+        dropped: Whether nobody waits for it any more; set by the event loop.
+    """
+
+    state: State
+    step: Step
+    cache: Any
+    inputs: Inputs | None = None
+    pieces: list[HiddenState] = field(default_factory=list)
+    dropped: bool = False
+
+    def begin(self) -> Inputs:
+        """Return the step's tensors.
+
+        Raises:
+            BadStepError: Its position ids, or other ids, are not of this model.
+        """
+        if self.inputs is None:
+            self.inputs = read_inputs(self.state, self.step)
+            if self.state.records and self.state.length:
+                trim(self.cache)
+        return self.inputs
+
+    @property
+    def done(self) -> int:
+        """Positions that are done."""
+        return sum(piece.shape[1] for piece in self.pieces)
+
+
+def run_piece(part: Part, work: Work, most: int) -> Outcome | None:
+    """Run at most so many of a step's positions; return the outcome if none is left.
 
     Raises:
         BadStepError: The position ids, or other ids, are not of this model; nothing has run.
     """
-    positions = None if step.positions is None else _position_ids(step.positions, state)
-    mask = _whole_mask(state, step)
-    given = _given(state.contract, step)
+    _check_wanted(work)
+    inputs = work.begin()
+    start = work.done
+    stop = min(start + most, work.step.new)
+    mask = None if inputs.mask is None else inputs.mask[:, : work.state.length + stop]
+    positions = inputs.positions
+    output = _call(
+        part,
+        _between(inputs.given, start, stop),
+        mask,
+        None if positions is None else positions[:, start:stop],
+        work.cache,
+    )
+    work.pieces.append(HiddenState.of(output))
+    return _answer(work) if stop == work.step.new else None
+
+
+def run_together(
+    part: Part, works: Sequence[Work], *, masked: bool = True
+) -> list[Outcome | Exception]:
+    """Run steps of several sessions, of equally many positions, as one batch.
+
+    One that can't be run fails alone: if the batch fails, each is run by itself.
+
+    Args:
+        part: Whose sessions they are.
+        works: The steps.
+        masked: Whether the part takes a mask (`splitlearn_core.joined_cache.Joinable`).
+    """
+    ready: list[Work] = []
+    outcomes: dict[Work, Outcome | Exception] = {}
+    for work in works:
+        try:
+            _check_wanted(work)
+            work.begin()
+        except Exception as error:  # noqa: BLE001 - it is the answer to this step alone
+            outcomes[work] = error
+        else:
+            ready.append(work)
+    if len(ready) > 1:
+        ready = _run_joined(part, ready, outcomes, masked=masked)
+    for work in ready:
+        outcomes[work] = _run_alone(part, work)
+    return [outcomes[work] for work in works]
+
+
+def _check_wanted(work: Work) -> None:
+    """Run nothing for nobody."""
+    if work.dropped:
+        raise StepFailedError("whoever sent the step is gone")
+
+
+def _run_joined(
+    part: Part, works: list[Work], outcomes: dict[Work, Outcome | Exception], *, masked: bool
+) -> list[Work]:
+    """Run steps as one batch; return those that are to be run alone, because that failed."""
+    joined = JoinedCache([work.cache for work in works])
+    try:
+        output = _call_joined(part, works, joined, masked=masked)
+        joined.commit()
+    except Exception:  # noqa: BLE001 - whose fault it is shows when each is run alone
+        joined.roll_back()
+        return works
+    for number, work in enumerate(works):
+        work.pieces.append(_rows(output, joined.rows_of(number)))
+        outcomes[work] = _answer(work)
+    return []
+
+
+def _call_joined(
+    part: Part, works: list[Work], joined: JoinedCache, *, masked: bool
+) -> HiddenState:
+    """Run the part on the rows of all steps."""
+    inputs = [work.begin() for work in works]
+    new = works[0].step.new
+    counted = joined.position_ids(new)
+    for number, one in enumerate(inputs):
+        if one.positions is not None:
+            counted[joined.rows_of(number)] = one.positions
+    mask = joined.mask(new, [one.mask for one in inputs]) if masked else None
+    given = _stacked([one.given for one in inputs])
+    return HiddenState.of(_call(part, given, mask, counted, joined))
+
+
+def _run_alone(part: Part, work: Work) -> Outcome | Exception:
+    """Run a whole step; return what it came to, an error included."""
+    try:
+        outcome = run_piece(part, work, work.step.new)
+    except Exception as error:  # noqa: BLE001 - it is the answer to this step alone
+        return error
+    if outcome is None:
+        return RuntimeError("a step that was run as a whole is not done")
+    return outcome
+
+
+def _call(
+    part: Part,
+    given: HiddenState,
+    mask: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    cache: object,
+) -> torch.Tensor | HiddenState:
+    """Run the part, without gradients."""
     with torch.inference_mode():
-        output = part(
-            given,
+        return part(
+            given.handed_on,
             attention_mask=None if mask is None else mask.to(torch.int64),
             position_ids=positions,
-            past_key_values=state.cache,
+            past_key_values=cache,
             use_cache=True,
         )
-    left = HiddenState.of(output)
+
+
+def _between(given: HiddenState, start: int, stop: int) -> HiddenState:
+    """Return some positions of hidden states, and of what goes with them."""
+    if (start, stop) == (0, given.shape[1]):
+        return given
+    side = {name: value[:, start:stop] for name, value in given.side.items()}
+    return HiddenState(given.tensor[:, start:stop], side)
+
+
+def _rows(given: HiddenState, rows: slice) -> HiddenState:
+    """Return some rows of hidden states, and of what goes with them."""
+    return HiddenState(given.tensor[rows], {name: v[rows] for name, v in given.side.items()})
+
+
+def _stacked(parts: list[HiddenState]) -> HiddenState:
+    """Return hidden states of several sessions as one batch."""
+    side = {name: torch.cat([part.side[name] for part in parts]) for name in parts[0].side}
+    return HiddenState(torch.cat([part.tensor for part in parts]), side)
+
+
+# --- From and to frames --------------------------------------------------------------------
+
+
+def read_inputs(state: State, step: Step) -> Inputs:
+    """Return the tensors of a step.
+
+    Raises:
+        BadStepError: The position ids, or other ids, are not of this model.
+    """
+    positions = None if step.positions is None else _position_ids(step.positions, state)
+    return Inputs(_given(state.contract, step), positions, _whole_mask(state, step))
+
+
+def _answer(work: Work) -> Outcome:
+    """Return the RESULT of a step that is done."""
+    step, contract = work.step, work.state.contract
+    left = _in_a_row(work.pieces)
     result = tensor_to_wire(TensorName.HIDDEN_STATES, left.tensor)
     if (result.dtype, result.shape) != (step.hidden.dtype, step.hidden.shape):
         raise RuntimeError(f"the part gave {shown(result)} for {shown(step.hidden)}")
-    end = state.length + step.new
-    beside = _beside(state.contract, left, result)
+    end = work.state.length + step.new
+    beside = _beside(contract, left, result)
     reply = Frame(Kind.RESULT, step.request, step.session, end, tensors=(result, *beside))
-    return Outcome(encode(reply), mask)
+    return Outcome(encode(reply), work.begin().mask)
 
 
-def _given(contract: Contract, step: Step) -> torch.Tensor | HiddenState:
+def _in_a_row(pieces: list[HiddenState]) -> HiddenState:
+    """Return the pieces of a step as one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    side = {
+        name: torch.cat([piece.side[name] for piece in pieces], dim=1) for name in pieces[0].side
+    }
+    return HiddenState(torch.cat([piece.tensor for piece in pieces], dim=1), side)
+
+
+def _given(contract: Contract, step: Step) -> HiddenState:
     """Return the hidden states, with what came with them."""
     side = {
         wanted.name: _in_range(wanted, tensor_from_wire(tensor))
         for wanted, tensor in zip(contract.takes, step.side, strict=True)
     }
-    return HiddenState(tensor_from_wire(step.hidden), side).handed_on
+    return HiddenState(tensor_from_wire(step.hidden), side)
 
 
 def _in_range(wanted: SideTensor, values: torch.Tensor) -> torch.Tensor:

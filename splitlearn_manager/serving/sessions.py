@@ -9,6 +9,7 @@ Everything runs on the event loop's thread, except forwards, which run in their 
 - A session holds its load of the model: that is unloaded, or makes way for a newer one, when the
   session ends, and at the latest at the deadline of its drain, which ends the session.
 - Whoever owns a session is told of its end, once, whatever the cause.
+- A session that its client wants to resume outlives its connection, for a while.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from splitlearn_manager.errors import ManagerError
+from splitlearn_manager.serving.batcher import Batchers, BatchLimits
 from splitlearn_manager.serving.errors import (
     BadOpenError,
     BadStepError,
@@ -34,15 +36,15 @@ from splitlearn_manager.serving.errors import (
     TooManySessionsError,
     UnknownSessionError,
 )
-from splitlearn_manager.serving.step import Contract, Part, State, Step, check_step
-from splitlearn_manager.serving.wire import CloseReason, Frame
+from splitlearn_manager.serving.session import Answered, Session, SessionMetrics, SessionOwner
+from splitlearn_manager.serving.step import Contract, State, Step, check_step
+from splitlearn_manager.serving.wire import CloseReason, Frame, Kind, encode
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from splitlearn_manager.core.async_model_manager import AsyncModelManager
     from splitlearn_manager.core.entries import AsyncManagedModel
-    from splitlearn_manager.core.lease import Hold
     from splitlearn_manager.serving.forward import Outcome
 
 logger = logging.getLogger(__name__)
@@ -50,60 +52,12 @@ logger = logging.getLogger(__name__)
 _SHORTEST_SLEEP = 0.01
 """Seconds; keeps an idle time of 0 from spinning while a step runs."""
 
+_TOKEN_BYTES = 16
+
+_MOST_ROWS = 4096
+
 Clock = Callable[[], float]
 Sleep = Callable[[float], Awaitable[None]]
-
-
-class SessionOwner(Protocol):
-    """What the table asks of a connection."""
-
-    def session_closed(self, session: Session, reason: CloseReason) -> None:
-        """Hear that one of its sessions has ended; must not block."""
-        ...
-
-
-class SessionMetrics(Protocol):
-    """What the table reports."""
-
-    def sessions_open(self, model_id: str, change: int) -> None:
-        """Count a session that was opened (1) or has ended (-1)."""
-        ...
-
-    def session_step(self, model_id: str, code: str, seconds: float, tokens: int) -> None:
-        """Count a step: its outcome (`ok` or an error's code), how long it took, its positions."""
-        ...
-
-
-@dataclass(eq=False, slots=True)
-class Session:
-    """One client's place in one model.
-
-    Attributes:
-        id: Random, so that nobody meets another's by counting; never 0.
-        owner: The connection that opened it.
-        managed: The model, as it was loaded then.
-        state: Its cache, and what was taken in so far.
-        last_used: When a step last began or ended, by the table's clock.
-        hold: What keeps the model for it.
-        task: The task that runs and answers its one step, while there is one.
-        busy: Whether a step was claimed and not yet released.
-        ending: Why it is to end at its release.
-    """
-
-    id: int
-    owner: SessionOwner
-    managed: AsyncManagedModel
-    state: State
-    last_used: float
-    hold: Hold | None = None
-    task: asyncio.Task[None] | None = None
-    busy: bool = False
-    ending: CloseReason | None = None
-
-    @property
-    def model_id(self) -> str:
-        """Id of its model."""
-        return self.managed.model_id
 
 
 class SessionTable:
@@ -118,7 +72,10 @@ class SessionTable:
         manager: Whose models the sessions are of.
         max_sessions: Most sessions at once, over all connections and models.
         idle_timeout: Seconds without a step after which a session ends.
+        resume_timeout: Seconds that a session waits for its client, whose connection was lost; 0
+            ends it with its connection.
         metrics: Who counts.
+        limits: How far sessions share forwards.
         clock: Monotonic seconds.
         sleep: Waits for so many of them.
     """
@@ -129,22 +86,27 @@ class SessionTable:
         *,
         max_sessions: int,
         idle_timeout: float,
+        resume_timeout: float = 0.0,
         metrics: SessionMetrics,
+        limits: BatchLimits = BatchLimits(),  # noqa: B008 - it can't be changed
         clock: Clock = time.monotonic,
         sleep: Sleep = asyncio.sleep,
     ) -> None:
         self.max_sessions = max_sessions
         self.idle_timeout = idle_timeout
+        self.resume_timeout = resume_timeout
         self._manager = manager
         self._metrics = metrics
         self._clock = clock
         self._sleep = sleep
+        self._batchers = Batchers(limits, metrics, clock)
         self._sessions: dict[int, Session] = {}  # the one used longest ago comes first
         self._draining = False
         self._occupied = asyncio.Event()
         self._empty = asyncio.Event()
         self._empty.set()
         self._expiry: asyncio.Task[None] | None = None
+        self._absences: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         """Begin to expire idle sessions."""
@@ -162,6 +124,9 @@ class SessionTable:
         if self._expiry is not None:
             self._expiry.cancel()
             await asyncio.wait([self._expiry])
+        if self._absences:
+            await asyncio.wait(self._absences)
+        await self._batchers.ended()
 
     def __len__(self) -> int:
         """Return how many sessions there are."""
@@ -170,7 +135,13 @@ class SessionTable:
     # --- A session's life ------------------------------------------------------------------
 
     async def open(
-        self, owner: SessionOwner, model_id: str, max_length: int | None = None
+        self,
+        owner: SessionOwner,
+        model_id: str,
+        max_length: int | None = None,
+        *,
+        rollback: bool = False,
+        resume: bool = False,
     ) -> Session:
         """Open a session for a connection.
 
@@ -178,9 +149,12 @@ class SessionTable:
             owner: The connection; it alone can use the session, and hears of its end.
             model_id: A Trunk.
             max_length: Most positions that the client wants; `None` for all that the model has.
+            rollback: Whether the last step must always be possible to take back.
+            resume: Whether the session is to outlive its connection.
 
         Raises:
-            SessionError: No more sessions, too long, not a Trunk, or shutting down.
+            SessionError: No more sessions, too long, not a Trunk, can't roll back, or shutting
+                down.
             ManagerError: The model is not there, or not ready.
         """
         async with self._manager.use(model_id) as managed:
@@ -188,10 +162,43 @@ class SessionTable:
             self._check_room()
             contract = Contract.of(managed.model)
             length = _granted_length(max_length, contract.max_positions)
-            state = State(contract, managed.model.new_cache(), length)
-            session = Session(self._new_id(), owner, managed, state, self._clock())
-            session.hold = managed.hold(partial(self._model_goes, session))
-            self._add(session)
+            state = State(contract, managed.model.new_cache(), length, rollback)
+            if rollback:
+                _record_past(state)
+            session = self._place(owner, managed, state)
+            if resume and self.resume_timeout:
+                session.token = secrets.token_hex(_TOKEN_BYTES)
+        return session
+
+    async def fork(self, session: Session) -> Session:
+        """Open another session for the same connection, that holds what a claimed one holds.
+
+        Raises:
+            SessionError: No more sessions, or shutting down.
+            ManagerError: The model can't wait for it any longer.
+        """
+        async with session.managed.use() as managed:
+            cache = await managed.run(session.state.cache.copy)
+            self._check_room()
+            state = replace(session.state, cache=cache)
+            fork = self._place(session.owner, managed, state)
+            if session.token:
+                fork.token = secrets.token_hex(_TOKEN_BYTES)
+        return fork
+
+    async def resume(self, owner: SessionOwner, session_id: int, token: str) -> Session:
+        """Give a session to another connection of its client, once its step in flight has ended.
+
+        Raises:
+            UnknownSessionError: There is none with that id and that token.
+        """
+        session = self._sessions.get(session_id)
+        if session is None or not token or not secrets.compare_digest(session.token, token):
+            raise UnknownSessionError(f"there is no session {session_id:#010x} to be resumed")
+        session.owner = owner
+        self._end_absence(session)
+        if session.task is not None:
+            await asyncio.wait([session.task])
         return session
 
     def find(self, owner: SessionOwner, session_id: int) -> Session:
@@ -229,6 +236,8 @@ class SessionTable:
             SessionError: The step was refused, and the session is as it was; or (`StepFailedError`,
                 `ModelUnavailableError`) it could not be run, and the session ends at its release.
         """
+        if session.last is not None and session.last.is_for(frame):
+            return session.last.reply
         started, code = self._clock(), "ok"
         before = session.state.length
         try:
@@ -243,6 +252,48 @@ class SessionTable:
         finally:
             tokens = (session.state.length - before) * (session.state.batch or 0)
             self._metrics.session_step(session.model_id, code, self._clock() - started, tokens)
+
+    async def roll_back(self, session: Session, frame: Frame) -> bytes:
+        """Let a claimed session forget the positions from the frame's on; return the answer.
+
+        Raises:
+            RollBackError: It can't; it is as it was.
+            ManagerError: The model can't wait for it any longer.
+        """
+        state = session.state
+        mask = await self._change(session, "roll_back", frame.position)
+        state.length, state.mask, session.last = frame.position, mask, None
+        return _done(frame, state.length)  # asked again, it does nothing
+
+    async def reorder(self, session: Session, frame: Frame) -> bytes:
+        """Let the rows of a claimed session be those that the frame names; return the answer.
+
+        Raises:
+            BadStepError: It names no row, or one that there is not; the session is as it was.
+            ManagerError: The model can't wait for it any longer.
+        """
+        if session.last is not None and session.last.is_for(frame):
+            return session.last.reply
+        rows = _row_numbers(frame.info.get("rows"))
+        state = session.state
+        mask = await self._change(session, "reorder", rows)
+        state.batch, state.mask = len(rows), mask
+        reply = _done(frame, state.length)
+        session.last = Answered(frame.request, frame.position, reply) if session.token else None
+        return reply
+
+    async def _change(self, session: Session, change: str, argument: Any) -> Any:
+        """Change a claimed session's cache, in the model's thread."""
+        try:
+            async with session.managed.use() as managed:
+                return await managed.run(_change_cache, change, session.state, argument)
+        except SessionError:
+            raise
+        except ManagerError as error:
+            raise self._gone(session) from error
+        except BaseException:
+            session.ending = session.ending or CloseReason.INTERNAL  # nobody knows how far it is
+            raise
 
     def release(self, session: Session) -> None:
         """End a claim, and the session with it if that was asked for meanwhile."""
@@ -260,11 +311,41 @@ class SessionTable:
         elif session.id in self._sessions:
             self._remove(session, reason)
 
-    def close_owned(self, owner: SessionOwner) -> None:
-        """End every session of a connection that is gone."""
+    def close_owned(self, owner: SessionOwner, *, lost: bool = False) -> None:
+        """End every session of a connection that is gone.
+
+        Args:
+            owner: The connection.
+            lost: Whether its client may come back: sessions that are to be resumed wait for it.
+        """
         for session in self._all():
-            if session.owner is owner:
+            if session.owner is not owner:
+                continue
+            if lost and session.token and not self._draining:
+                self._await_client(session)
+            else:
                 self.close(session, CloseReason.CLOSED)
+
+    def _await_client(self, session: Session) -> None:
+        """Let a session be without a connection, but not for long."""
+        session.owner = _Nobody()
+        name = f"absence-{session.id:#010x}"
+        session.absence = asyncio.create_task(self._end_absent(session), name=name)
+        self._absences.add(session.absence)
+        session.absence.add_done_callback(self._absences.discard)
+
+    async def _end_absent(self, session: Session) -> None:
+        """End a session whose client has not come back in time."""
+        await self._sleep(self.resume_timeout)
+        session.absence = None
+        self.close(session, CloseReason.EXPIRED)
+
+    @staticmethod
+    def _end_absence(session: Session) -> None:
+        """Wait for a client no longer."""
+        if session.absence is not None:
+            session.absence.cancel()
+            session.absence = None
 
     # --- The end of many -------------------------------------------------------------------
 
@@ -327,8 +408,8 @@ class SessionTable:
         """Check a step, run it in the model's thread, and take its outcome into the session."""
         step = check_step(session.state, frame)
         try:
-            async with session.managed.use() as managed:
-                outcome = await self._forward(managed, session, step)
+            async with session.managed.use():
+                outcome = await self._forward(session, step)
         except SessionError:
             raise
         except ManagerError as error:
@@ -336,12 +417,14 @@ class SessionTable:
         session.state.length += step.new
         session.state.batch = step.batch
         session.state.mask = outcome.mask
+        if session.token:
+            session.last = Answered(frame.request, frame.position, outcome.reply)
         return outcome.reply
 
-    async def _forward(self, managed: AsyncManagedModel, session: Session, step: Step) -> Outcome:
-        """Run a step in the model's thread; what the model raises is for the log alone."""
+    async def _forward(self, session: Session, step: Step) -> Outcome:
+        """Run a step when its turn comes; what the model raises is for the log alone."""
         try:
-            return await managed.run(_run_step, managed.model, session.state, step)
+            return await session.batcher.run(session.state, step)
         except ManagerError:
             raise
         except Exception as error:
@@ -374,6 +457,14 @@ class SessionTable:
             if session_id and session_id not in self._sessions:
                 return session_id
 
+    def _place(self, owner: SessionOwner, managed: AsyncManagedModel, state: State) -> Session:
+        """Make a session, and put it into the table."""
+        batcher = self._batchers.take(managed)
+        session = Session(self._new_id(), owner, managed, batcher, state, self._clock())
+        session.hold = managed.hold(partial(self._model_goes, session))
+        self._add(session)
+        return session
+
     def _add(self, session: Session) -> None:
         """Put a session into the table."""
         self._sessions[session.id] = session
@@ -385,7 +476,9 @@ class SessionTable:
     def _remove(self, session: Session, reason: CloseReason) -> None:
         """Take a session out of the table, drop its cache, and tell its owner."""
         del self._sessions[session.id]
-        session.state.cache = session.state.mask = None
+        session.state.cache = session.state.mask = session.last = None
+        self._end_absence(session)
+        self._batchers.give_back(session.managed)
         if session.hold is not None:
             session.hold.release()
         if not self._sessions:
@@ -406,11 +499,44 @@ class SessionTable:
         return list(self._sessions.values())
 
 
-def _run_step(part: Part, state: State, step: Step) -> Outcome:
-    """Run a step; in the model's thread."""
-    from splitlearn_manager.serving.forward import run_step  # noqa: PLC0415 - imports torch
+class _Nobody:
+    """Owns the sessions that wait for their clients."""
 
-    return run_step(part, state, step)
+    def session_closed(self, session: Session, reason: CloseReason) -> None:
+        """Tell nobody."""
+
+
+def _record_past(state: State) -> None:
+    """Let a cache keep what taking a step back needs."""
+    from splitlearn_manager.serving import cache_changes  # noqa: PLC0415 - imports torch
+
+    cache_changes.record_past(state.cache)
+
+
+def _change_cache(change: str, state: State, argument: Any) -> Any:
+    """Change a cache; in the model's thread."""
+    from splitlearn_manager.serving import cache_changes  # noqa: PLC0415 - imports torch
+
+    return getattr(cache_changes, change)(state, argument)
+
+
+def _done(frame: Frame, length: int) -> bytes:
+    """Return the answer to a change."""
+    return encode(Frame(Kind.DONE, frame.request, frame.session, length))
+
+
+def _row_numbers(rows: Any) -> list[int]:
+    """Return what REORDER names.
+
+    Raises:
+        BadStepError: It is no list of row numbers, or an empty one.
+    """
+    if not isinstance(rows, list) or not rows or len(rows) > _MOST_ROWS:
+        raise BadStepError(f"REORDER has rows, a list of 1 to {_MOST_ROWS} row numbers")
+    for row in rows:
+        if not isinstance(row, int) or isinstance(row, bool) or row < 0:
+            raise BadStepError(f"rows are numbers from 0 on, found {row!r}")
+    return rows
 
 
 def _granted_length(wanted: Any, limit: int | None) -> int | None:

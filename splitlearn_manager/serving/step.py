@@ -157,11 +157,13 @@ class State:
         length: Positions in the cache.
         batch: Rows, fixed by the first step.
         mask: uint8 [batch, length] on the CPU, 0 for padding; `None` while no step had a mask.
+        records: Whether the last step can be taken back, whatever the layers are.
     """
 
     contract: Contract
     cache: Any
     max_length: int | None
+    records: bool = False
     length: int = 0
     batch: int | None = None
     mask: torch.Tensor | None = None

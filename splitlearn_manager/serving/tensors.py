@@ -8,7 +8,7 @@ import torch
 
 from splitlearn_manager.serving.wire import DType, TensorName, WireTensor
 
-__all__ = ["tensor_from_wire", "tensor_to_wire"]
+__all__ = ["check_byte_order", "tensor_from_wire", "tensor_to_wire"]
 
 
 def tensor_to_wire(name: TensorName, tensor: torch.Tensor) -> WireTensor:
@@ -17,7 +17,7 @@ def tensor_to_wire(name: TensorName, tensor: torch.Tensor) -> WireTensor:
     Raises:
         ValueError: the wire does not carry its dtype.
     """
-    _check_byte_order()
+    check_byte_order()
     dtype = DType.from_torch_name(str(tensor.dtype))
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return WireTensor(name, dtype, tuple(tensor.shape), flat.numpy().data)
@@ -29,7 +29,7 @@ def tensor_from_wire(wire: WireTensor) -> torch.Tensor:
     It shares a writable buffer that is aligned for its dtype, and has a copy of any other: torch
     has no tensors that can't be written.
     """
-    _check_byte_order()
+    check_byte_order()
     buffer = bytearray(wire.data) if wire.data.readonly else wire.data
     flat = torch.frombuffer(buffer, dtype=getattr(torch, wire.dtype.torch_name))
     if flat.data_ptr() % wire.dtype.itemsize:
@@ -37,6 +37,7 @@ def tensor_from_wire(wire: WireTensor) -> torch.Tensor:
     return flat.reshape(wire.shape)
 
 
-def _check_byte_order() -> None:
+def check_byte_order() -> None:
+    """Refuse a machine whose tensors are not as they travel."""
     if sys.byteorder != "little":
         raise RuntimeError("tensors travel in little-endian order, and this machine is big-endian")

@@ -64,6 +64,16 @@ class Kind(enum.IntEnum):
     CLOSE = 5
     CLOSED = 6
     ERROR = 7
+    ROLL_BACK = 8
+    """Forget the positions from `position` on, as if they had not been sent."""
+    REORDER = 9
+    """Let the rows be those that `rows` names, each as often as it does."""
+    FORK = 10
+    """Open another session that holds the same."""
+    RESUME = 11
+    """Take a session over whose connection was lost."""
+    DONE = 12
+    """What was asked for is done: the answer to ROLL_BACK and REORDER."""
 
 
 class CloseReason(enum.StrEnum):

@@ -41,7 +41,7 @@ def loader() -> FakeLoader:
 
 @pytest.fixture(scope="module")
 def daemon(loader: FakeLoader) -> Iterator[Daemon]:
-    with fake_daemon(loader, "trunk", "top") as daemon:
+    with fake_daemon(loader, "trunk", "top", session_resume_timeout=0) as daemon:
         yield daemon
 
 
@@ -455,9 +455,9 @@ def test_closing_while_a_session_is_being_opened_leaves_nothing(
     trunk(ones())
     open_session = trunk._connection.open_session
 
-    def close_first() -> connection.RemoteSession:
+    def close_first(**wishes: bool) -> connection.RemoteSession:
         trunk.close()
-        return open_session()
+        return open_session(**wishes)
 
     monkeypatch.setattr(trunk._connection, "open_session", close_first)
 

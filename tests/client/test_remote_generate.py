@@ -171,3 +171,25 @@ def test_a_long_step_continues_a_cache_as_single_steps_do(pair: Pair) -> None:
 def test_no_more_positions_than_the_model_has(pair: Pair) -> None:
     with torch.no_grad(), pytest.raises(RuntimeError, match="position 65, the session has 64"):
         pair.trunk(torch.zeros(1, 65, 32))
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "sampled beams": {"num_beams": 2, "do_sample": True},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_other_ways_to_generate(pair: Pair, way: str) -> None:
+    """Rows that are reordered on the server, and positions that are taken back there."""
+    ids = torch.randint(3, VOCABULARY, (1, 9), generator=torch.Generator().manual_seed(4))
+    ids = torch.cat([ids, ids], dim=1)
+    outputs = []
+    for model in (pair.whole, pair.split):
+        torch.manual_seed(5)
+        outputs.append(
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, **WAYS[way])
+        )
+
+    assert torch.equal(*outputs)

@@ -80,13 +80,14 @@ async def test_server_metadata(served: Any) -> None:
 
     assert body["name"] == "splitlearn"
     assert body["version"]
-    assert body["extensions"] == ["splitlearn_sessions"]
+    assert body["extensions"] == list(oip.EXTENSIONS)
 
 
 HIDDEN = {"name": "hidden_states", "datatype": "FP32", "shape": [-1, -1, 4]}
 IDS = {"name": "input_ids", "datatype": "INT64", "shape": [-1, -1]}
 LOGITS = {"name": "logits", "datatype": "FP32", "shape": [-1, -1, 11]}
 MASK = {"name": "attention_mask", "datatype": "INT64", "shape": [-1, -1], "optional": True}
+POSITIONS = {"name": "position_ids", "datatype": "INT64", "shape": [-1, -1], "optional": True}
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ async def test_what_a_model_takes_and_gives(
     assert body["name"] == component
     assert body["versions"] == ["1"]
     assert body["platform"] == "splitlearn_safetensors"
-    assert body["inputs"] == [takes, MASK]
+    assert body["inputs"] == [takes, MASK, POSITIONS]
     assert body["outputs"] == [gives]
     assert body["properties"] == {
         "component": component,
@@ -219,7 +220,7 @@ async def test_a_bad_body_is_told(served: Any, body: bytes, status: int, said: s
 
 @pytest.mark.parametrize(
     "path",
-    ["/", "/v2/", "/v2/nothing", "/v2/models", "/v2/models/trunk/infer", "/v1/models", "/docs"],
+    ["/", "/v2/", "/v2/nothing", "/v2/models", "/v2/models/trunk/nothing", "/v1/models", "/docs"],
 )
 async def test_an_unknown_path_is_not_found(served: Any, path: str) -> None:
     answer = await served.ask(path)

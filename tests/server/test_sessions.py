@@ -30,7 +30,8 @@ from splitlearn_manager.serving.errors import (
     UnknownSessionError,
     UnsupportedComponentError,
 )
-from splitlearn_manager.serving.sessions import Session, SessionTable
+from splitlearn_manager.serving.session import Session
+from splitlearn_manager.serving.sessions import SessionTable
 from splitlearn_manager.serving.tensors import tensor_from_wire, tensor_to_wire
 from splitlearn_manager.serving.wire import CloseReason, Frame, Kind, TensorName, decode
 

@@ -12,10 +12,18 @@ from splitlearn_core import HiddenState
 from splitlearn_core.side_values import CrossingValue, Size
 from splitlearn_manager.server.model_metadata import describe
 from splitlearn_manager.serving.errors import BadStepError, UnsupportedComponentError
-from splitlearn_manager.serving.forward import run_step
-from splitlearn_manager.serving.step import Contract, State, check_step
+from splitlearn_manager.serving.forward import Outcome, Work, run_piece
+from splitlearn_manager.serving.step import Contract, Part, State, Step, check_step
 from splitlearn_manager.serving.tensors import tensor_from_wire, tensor_to_wire
 from splitlearn_manager.serving.wire import Frame, Kind, TensorName, decode, encode
+
+
+def run_step(part: Part, session: State, step: Step) -> Outcome:
+    """Run a step as a whole."""
+    outcome = run_piece(part, Work(session, step, session.cache), step.new)
+    assert outcome is not None
+    return outcome
+
 
 IDS = CrossingValue("input_ids", "int64", (), "the tokens themselves", below=11)
 ROWS = CrossingValue("rows", "float32", (Size(2), Size(3)), "", layerwise=True)

@@ -126,7 +126,7 @@ def descriptor(
 
 
 BAD = [
-    (header(kind=9), "unknown frame kind 9"),
+    (header(kind=13), "unknown frame kind 13"),
     (header(flags=4), "flags are 0x04"),
     (header(kind=1, count=1), "OPEN announces 1 tensors"),
     (header(count=12), "12 tensors in one frame"),

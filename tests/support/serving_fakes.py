@@ -16,10 +16,13 @@ from urllib.parse import urlsplit
 
 import torch
 
+from splitlearn_core import SplitModel
 from splitlearn_core.estimate import MemoryEstimate
 from splitlearn_manager import AsyncModelManager, ModelConfig, ResourceManager
 from splitlearn_manager.config import DaemonConfig, ServerConfig
 from splitlearn_manager.server.daemon import Daemon
+from splitlearn_manager.serving.session import Session
+from splitlearn_manager.serving.wire import CloseReason
 
 
 def trunk_config(model_id: str, **changes: Any) -> ModelConfig:
@@ -94,7 +97,9 @@ class FakePart:
         assert self.gate.wait(30), "the test never opened the gate"
         if self.fail_with is not None:
             raise self.fail_with
-        kwargs["past_key_values"].length += inputs.shape[1]
+        cache = kwargs.get("past_key_values")
+        if cache is not None:  # requests without a session have none
+            cache.length += inputs.shape[1]
         return inputs * 2
 
 
@@ -122,6 +127,37 @@ class FakeLoader:
         part = FakePart(config.model_id)
         self.parts[config.model_id] = part
         return part
+
+
+class OnePart:
+    """Loads a real part that is there already."""
+
+    def __init__(self, part: SplitModel) -> None:
+        self.part = part
+
+    def estimate(self, config: ModelConfig) -> MemoryEstimate:
+        del config
+        return MemoryEstimate(100, 80)
+
+    def load_from_config(self, config: ModelConfig, progress: Any = None) -> SplitModel:
+        del config, progress
+        return self.part
+
+
+class Owner:
+    """Owns sessions, and remembers why they ended."""
+
+    def __init__(self) -> None:
+        self.heard: list[CloseReason] = []
+
+    def session_closed(self, session: Session, reason: CloseReason) -> None:
+        del session
+        self.heard.append(reason)
+
+
+def hidden(new: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
+    """Return hidden states of a small model."""
+    return torch.randn(rows, new, 64, generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass(frozen=True)

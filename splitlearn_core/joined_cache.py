@@ -1,0 +1,302 @@
+"""Several sequences of one part, each with a cache of its own, in one forward.
+
+A batch of sequences of different lengths is computed as transformers computes one that is padded
+on the left: the keys and values of each row are moved to the right end of a tensor as wide as the
+longest row, and the mask hides what is left of them.  Each sequence keeps its own cache, without
+padding, and its layers take in the new positions as ever; only what a layer's attention sees is
+joined, and given up after the layer.  States of a fixed size (recurrent ones, convolutions) are
+joined by stacking, and copied back by `commit`.
+
+    caches = [part.new_cache(), part.new_cache()]       # filled by forwards of their own
+    joined = JoinedCache(caches)
+    part(torch.cat([a, b]), attention_mask=joined.mask(1), position_ids=joined.position_ids(1),
+         past_key_values=joined)
+    joined.commit()                                     # or: joined.roll_back()
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
+
+from splitlearn_core.cache import GhostLayer, PartCache
+from splitlearn_core.growing_layer import GrowingLayer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from splitlearn_core.split_model import SplitModel
+
+_ATTENTION = {DynamicLayer, GrowingLayer, DynamicSlidingWindowLayer}
+_STATES = {
+    LinearAttentionLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+}
+
+
+_ALONE = frozenset({"git"})
+"""Types whose forward can't be given a mask beside a cache: `git` puts one for images before it."""
+
+
+class Joinable(NamedTuple):
+    """What sequences of a part can share.
+
+    Attributes:
+        steps: Whether steps of several sequences can be one forward.
+        chunks: Whether a sequence may take in several positions where it holds some already, so
+            that a long one can come in pieces.
+        mask: Whether a step needs a mask: where no layer looks back at single positions, it takes
+            none, as in transformers' own generation.
+    """
+
+    steps: bool
+    chunks: bool
+    mask: bool
+
+
+def joinable(part: SplitModel) -> Joinable:
+    """Return what sequences of a part can share: it depends on what its layers keep."""
+    cache = part.new_cache()
+    if not isinstance(cache, PartCache) or part.drops_positions:
+        return Joinable(steps=False, chunks=False, mask=True)
+    if part.config.model_type in _ALONE:
+        return Joinable(steps=False, chunks=False, mask=True)
+    kinds = {type(layer) for layer in cache.layers if not isinstance(layer, GhostLayer)}
+    looks_back = any(isinstance(layer, DynamicLayer) for layer in cache.layers)
+    return Joinable(kinds <= _ATTENTION | _STATES, kinds <= _ATTENTION, looks_back)
+
+
+class _Member(NamedTuple):
+    """A layer of one sequence's cache, and its rows in the batch."""
+
+    layer: Any
+    rows: slice
+
+
+class JoinedCache(PartCache):
+    """The caches of several sequences as the cache of one batch, for one forward.
+
+    Args:
+        caches: Made by the same part's `new_cache()`, each filled by at least one forward.
+
+    Attributes:
+        lengths: Positions that each cache held before.
+        longest: The most of them.
+
+    Raises:
+        ValueError: There is none, one is empty, or they are of different parts.
+    """
+
+    def __init__(self, caches: Sequence[PartCache]) -> None:
+        if not caches or len({cache.spec for cache in caches}) > 1:
+            raise ValueError("one or more caches of the same part are joined")
+        if empty := [str(n) for n, cache in enumerate(caches) if not cache.rows]:
+            raise ValueError(f"a cache that is joined holds something; empty: {', '.join(empty)}")
+        self.caches = tuple(caches)
+        self.spec = caches[0].spec
+        self.lengths = [cache.length for cache in caches]
+        self.longest = max(self.lengths)
+        self._row_counts = [cache.rows for cache in caches]
+        self._slices = _slices(self._row_counts)
+        self._before = [[_copied(layer) for layer in cache.layers] for cache in caches]
+        room = _Room()
+        Cache.__init__(self, layers=[self._join(n, room) for n in range(len(caches[0].layers))])
+
+    def rows_of(self, number: int) -> slice:
+        """Return which rows of the batch are those of cache `number`."""
+        return self._slices[number]
+
+    def mask(self, new: int, masks: Sequence[torch.Tensor | None] = ()) -> torch.Tensor | None:
+        """Return the attention mask of a forward that adds `new` positions to each row.
+
+        Args:
+            new: Positions.
+            masks: For each cache its own mask [rows, length + new], 0 for padding; `None` (or no
+                such argument at all) where there is no padding.
+
+        Returns:
+            int64 [all rows, longest + new], or `None` where every row is as long as the others,
+            and none is padded.
+        """
+        own = masks or [None] * len(self.caches)
+        if len(set(self.lengths)) == 1 and all(mask is None for mask in own):
+            return None
+        joined = torch.zeros(sum(self._row_counts), self.longest + new, dtype=torch.int64)
+        for rows, length, mask in zip(self._slices, self.lengths, own, strict=True):
+            joined[rows, self.longest - length :] = 1 if mask is None else mask
+        return joined
+
+    def position_ids(self, new: int) -> torch.Tensor:
+        """Return the ids of the `new` positions of each row, counted from its own first one.
+
+        Returns:
+            int64 [all rows, new].
+        """
+        starts = torch.tensor(self.lengths).repeat_interleave(torch.tensor(self._row_counts))
+        return starts[:, None] + torch.arange(new)
+
+    def commit(self) -> None:
+        """Take what the forward computed into every cache."""
+        for joined in self.layers:
+            if isinstance(joined, JoinedStates):
+                joined.scatter()
+        for cache in self.caches:
+            cache.advance_ghosts(self.length - self.longest)
+
+    def roll_back(self) -> None:
+        """Let every cache be what it was before the forward, which may have failed half-way."""
+        for cache, before in zip(self.caches, self._before, strict=True):
+            for layer, attributes in zip(cache.layers, before, strict=True):
+                layer.__dict__.update(attributes)
+
+    def _join(self, number: int, room: _Room) -> Any:
+        """Return the layer `number` of the batch."""
+        own = [cache.layers[number] for cache in self.caches]
+        if isinstance(own[0], GhostLayer):
+            return own[0].at(self.longest)
+        members = [_Member(layer, rows) for layer, rows in zip(own, self._slices, strict=True)]
+        return _joined_layer(members, self.longest, room)
+
+
+class _Room:
+    """Memory for the joined keys and values of one layer, used again by the next.
+
+    A layer is done with what it was given before the next one begins.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def take(self, like: torch.Tensor, shape: tuple[int, ...], use: str) -> torch.Tensor:
+        """Return a tensor of this shape, with anything in it."""
+        key = (shape, like.dtype, like.device, use)
+        if key not in self._tensors:
+            self._tensors[key] = like.new_empty(shape)
+        return self._tensors[key]
+
+
+class JoinedLayer:
+    """Mixed into the class of a cache layer: what all of them have when they are joined."""
+
+    # A subclass would otherwise be registered as *the* class of its layer type, for every cache.
+    _layer_type = None
+    members: list[_Member]
+
+
+class JoinedAttention(JoinedLayer):
+    """Keys and values of several sequences, each row as long as its sequence."""
+
+    length: int
+    room: _Room
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Let each sequence take in its rows; return what their attention sees, padded."""
+        seen = [
+            member.layer.update(keys[member.rows], values[member.rows], *args, **kwargs)
+            for member in self.members
+        ]
+        self.length += keys.shape[-2]
+        self.cumulative_length = self.length
+        return (
+            self._padded([pair[0] for pair in seen], keys.shape[0], "keys"),
+            self._padded([pair[1] for pair in seen], keys.shape[0], "values"),
+        )
+
+    def get_seq_length(self) -> int:
+        """Return the length of the longest row."""
+        return self.length
+
+    def _padded(self, pieces: list[torch.Tensor], rows: int, use: str) -> torch.Tensor:
+        """Return tensors [rows, heads, length, size] as one, each at the right end.
+
+        What is left of one is zero, not anything: a weight of zero times infinity is no number.
+        """
+        width = max(piece.shape[-2] for piece in pieces)
+        _, heads, _, size = pieces[0].shape
+        joined = self.room.take(pieces[0], (rows, heads, width, size), use)
+        for piece, member in zip(pieces, self.members, strict=True):
+            left = width - piece.shape[-2]
+            own = joined[member.rows]
+            own[:, :, left:].copy_(piece)
+            if left:
+                own[:, :, :left].zero_()
+        return joined
+
+
+class JoinedStates(JoinedLayer):
+    """States of a fixed size, of several sequences."""
+
+    conv_states: dict[int, torch.Tensor | None]
+    recurrent_states: dict[int, torch.Tensor | None]
+
+    def gather(self) -> None:
+        """Stack the sequences' states."""
+        for kind in ("conv_states", "recurrent_states"):
+            own = [getattr(member.layer, kind) for member in self.members]
+            joined = {number: _stacked([states[number] for states in own]) for number in own[0]}
+            setattr(self, kind, joined)
+
+    def scatter(self) -> None:
+        """Copy the states back."""
+        for kind in ("conv_states", "recurrent_states"):
+            for number, joined in getattr(self, kind).items():
+                for layer, rows in self.members:
+                    if joined is not None:
+                        getattr(layer, kind)[number].copy_(joined[rows])
+
+
+_JOINED: dict[type[Any], type[Any]] = {}
+
+
+def _joined_layer(members: list[_Member], longest: int, room: _Room) -> Any:
+    """Return one layer that stands for those of several sequences."""
+    real = members[0].layer
+    layer: Any = object.__new__(_joined_class(type(real)))
+    layer.__dict__.update(_copied(real), members=members, length=longest, room=room)
+    if hasattr(real, "cumulative_length"):  # sliding windows
+        layer.cumulative_length = longest
+    if isinstance(layer, JoinedStates):
+        layer.gather()
+    return layer
+
+
+def _joined_class(real: type[Any]) -> type[Any]:
+    """Return the joined class of a class of cache layers, the same one each time."""
+    if real not in _JOINED:
+        mixed: list[type[Any]] = [JoinedAttention] if issubclass(real, DynamicLayer) else []
+        mixed += [JoinedStates] if issubclass(real, LinearAttentionCacheLayerMixin) else []
+        _JOINED[real] = type(f"Joined{real.__name__}", (*mixed, real), {"_layer_type": None})
+    return _JOINED[real]
+
+
+def _copied(layer: Any) -> dict[str, Any]:
+    """Return the attributes of a layer, as they are now."""
+    return {
+        name: dict(value) if isinstance(value, dict) else value
+        for name, value in vars(layer).items()
+    }
+
+
+def _stacked(states: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """Return states as one; a kind that the architecture does not have is `None` in all."""
+    there = [state for state in states if state is not None]
+    return torch.cat(there) if there else None
+
+
+def _slices(counts: Sequence[int]) -> list[slice]:
+    """Return which rows belong to each, one after the other."""
+    ends = torch.tensor(counts).cumsum(0).tolist()
+    return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]

@@ -1,0 +1,368 @@
+"""Whose turn it is: the steps of all sessions of one model, a forward at a time.
+
+Steps that can share a forward run as one batch; whoever comes while it runs is in the next
+(continuous batching).  Long steps (prompts) run alone, in pieces, and between two pieces every step
+that waits has its turn: so none waits longer than one piece.
+
+    a round:  one forward of all steps that wait together  ->  one piece of one prompt
+
+After a forward its clients need a moment before they send their next steps.  The batcher waits for
+them, but for a small share of what a forward takes: what came in the last two forwards is expected
+in the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from splitlearn_core.joined_cache import Joinable
+    from splitlearn_manager.core.entries import AsyncManagedModel
+    from splitlearn_manager.serving.forward import Outcome, Work
+    from splitlearn_manager.serving.step import Part, State, Step
+
+LONGEST_TOGETHER = 16
+"""Positions up to which a step shares a forward: a token, or a few that are checked at once."""
+
+SHORTEST_PIECE = 16
+"""Positions; a shorter piece would cost as much time."""
+
+WAITING_SHARE = 0.25
+LONGEST_WAIT = 0.02
+"""How long to wait for clients that are expected: a share of the last forward, and seconds."""
+
+RECENT = 2.0
+"""Seconds after which a forward says nothing any more of who else is there."""
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """How far sessions share forwards.
+
+    Attributes:
+        rows: Most rows of one forward; 1 runs every step alone and in one piece, which makes it
+            equal to the bit to the same forward anywhere else.
+        piece: Most positions of a prompt in one forward.
+    """
+
+    rows: int = 1
+    piece: int = 512
+
+
+class ForwardMetrics(Protocol):
+    """What the batcher reports."""
+
+    def forward(self, model_id: str, rows: int, seconds: float) -> None:
+        """Count a forward: its rows, and how long it took."""
+        ...
+
+    def step_queued(self, model_id: str, seconds: float) -> None:
+        """Note how long a step waited for its turn."""
+        ...
+
+
+@dataclass(eq=False, slots=True)
+class _Job:
+    """A step, and who waits for it."""
+
+    work: Work
+    answer: asyncio.Future[Outcome]
+    queued: float
+    begun: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.work.step.batch
+
+    @property
+    def new(self) -> int:
+        return self.work.step.new
+
+    def drop(self, answer: asyncio.Future[Outcome]) -> None:
+        """Tell the model's thread that nobody waits, if so."""
+        self.work.dropped = answer.cancelled()
+
+
+class Batcher:
+    """Runs the steps of one load of a model, in its thread, one forward after the other.
+
+    `start` before the first step, and `stop` after the last: between them one task has all jobs.
+    A caller that is cancelled goes alone: its step is not run, if its turn has not come.
+
+    Args:
+        managed: The model.
+        limits: How far its sessions share forwards.
+        joinable: What they can share at all.
+        metrics: Who counts.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        managed: AsyncManagedModel,
+        limits: BatchLimits,
+        joinable: Joinable,
+        metrics: ForwardMetrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._managed = managed
+        self._limits = limits
+        self._joinable = joinable
+        self._metrics = metrics
+        self._clock = clock
+        self._steps: deque[_Job] = deque()
+        self._prompts: deque[_Job] = deque()
+        self._arrived = asyncio.Event()
+        self._last: deque[frozenset[int]] = deque(maxlen=2)  # whose steps were in a forward
+        self._ended = 0.0
+        self._seconds = 0.0
+        self._per_position = 0.0
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to serve."""
+        name = f"batcher-{self._managed.model_id}"
+        self._task = asyncio.create_task(self._serve(), name=name)
+
+    def stop(self) -> asyncio.Task[None]:
+        """Serve no more; steps that wait are cancelled.  Returns the task, which is to be awaited.
+
+        Raises:
+            RuntimeError: It was not started.
+        """
+        if self._task is None:
+            raise RuntimeError("a batcher is stopped after it was started")
+        self._task.cancel()
+        for job in (*self._steps, *self._prompts):
+            job.answer.cancel()
+        return self._task
+
+    async def run(self, state: State, step: Step) -> Outcome:
+        """Run a step when its turn comes.
+
+        Raises:
+            ManagerError: The model was unloaded.
+            Exception: Whatever the part raised.
+        """
+        job = _Job(_work(state, step), asyncio.get_running_loop().create_future(), self._clock())
+        job.answer.add_done_callback(job.drop)
+        (self._steps if self._shares(state, step) else self._prompts).append(job)
+        self._arrived.set()
+        return await job.answer
+
+    def _shares(self, state: State, step: Step) -> bool:
+        """Whether a step may be in one forward with others."""
+        padded = step.mask is not None or state.mask is not None
+        return (
+            self._joinable.steps
+            and self._limits.rows > 1
+            and state.length > 0
+            and (step.new == 1 or (step.new <= LONGEST_TOGETHER and self._joinable.chunks))
+            and (step.positions is not None or not padded)
+        )
+
+    # --- Turns -----------------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        """Take turns, for ever."""
+        while True:
+            await self._gather()
+            if jobs := self._next_steps():
+                await self._run_steps(jobs)
+            if job := self._next_prompt():
+                await self._run_prompt(job)
+
+    async def _gather(self) -> None:
+        """Wait for a job, and a moment for those that are expected."""
+        while not (self._steps or self._prompts):
+            await self._arrival()
+        if self._prompts:
+            return
+        window = min(self._seconds * WAITING_SHARE, LONGEST_WAIT)
+        left = self._ended + window - self._clock()
+        expected = len(frozenset().union(*self._last))
+        try:
+            async with asyncio.timeout(max(left, 0)):
+                while len(self._steps) < expected and left > 0 and not self._prompts:
+                    await self._arrival()
+        except TimeoutError:
+            pass
+
+    async def _arrival(self) -> None:
+        """Wait for the next job."""
+        self._arrived.clear()
+        await self._arrived.wait()
+
+    def _next_steps(self) -> list[_Job]:
+        """Take the steps that go with the one that waited longest."""
+        jobs: list[_Job] = []
+        others: deque[_Job] = deque()
+        rows = 0
+        for job in self._steps:
+            if job.answer.done():
+                continue
+            if not jobs or (job.new == jobs[0].new and rows + job.rows <= self._limits.rows):
+                jobs.append(job)
+                rows += job.rows
+            else:
+                others.append(job)
+        self._steps = others
+        return jobs
+
+    def _next_prompt(self) -> _Job | None:
+        """Take the prompt whose turn it is."""
+        while self._prompts:
+            job = self._prompts.popleft()
+            if not job.answer.done():
+                return job
+        return None
+
+    def _piece(self, job: _Job) -> int:
+        """Return how many positions of a prompt to run now.
+
+        While others take steps, a piece should take about as long as one of theirs.
+        """
+        if not self._joinable.chunks or self._limits.rows == 1:
+            return job.new
+        if self._clock() - self._ended > RECENT or not self._per_position:
+            return self._limits.piece
+        fair = int(self._seconds / self._per_position / job.rows)
+        return min(max(fair, SHORTEST_PIECE), self._limits.piece)
+
+    # --- Forwards --------------------------------------------------------------------------
+
+    async def _run_steps(self, jobs: list[_Job]) -> None:
+        """Run steps together, and answer each."""
+        began = self._begin(jobs)
+        works = [job.work for job in jobs]
+        masked = self._joinable.mask
+        outcomes: list[Outcome | Exception]
+        try:
+            outcomes = await self._managed.run(_together, self._managed, works, masked=masked)
+        except Exception as error:  # noqa: BLE001 - it is the answer to all of them
+            outcomes = [error for _ in jobs]
+        self._ended = self._clock()
+        self._seconds = self._ended - began
+        self._last.append(frozenset(id(work.state) for work in works))
+        rows = sum(job.rows for job in jobs if not job.work.dropped)
+        self._metrics.forward(self._managed.model_id, rows, self._seconds)
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            _settle(job, outcome)
+
+    async def _run_prompt(self, job: _Job) -> None:
+        """Run a piece of a prompt; answer it, or let it wait for its next turn."""
+        began = self._begin([job])
+        most = min(self._piece(job), job.new)
+        outcome: Outcome | Exception | None
+        try:
+            outcome = await self._managed.run(_piece, self._managed, job.work, most)
+        except Exception as error:  # noqa: BLE001 - it is the answer to this step
+            outcome = error
+        seconds = self._clock() - began
+        self._per_position = seconds / (most * job.rows)
+        self._metrics.forward(self._managed.model_id, job.rows, seconds)
+        if outcome is None:
+            self._prompts.append(job)
+        else:
+            _settle(job, outcome)
+
+    def _begin(self, jobs: Sequence[_Job]) -> float:
+        """Note that jobs have their turn, and return when."""
+        now = self._clock()
+        for job in jobs:
+            if not job.begun:
+                job.begun = True
+                self._metrics.step_queued(self._managed.model_id, now - job.queued)
+        return now
+
+
+class Batchers:
+    """The batchers of all loads that have sessions, one for each.
+
+    Args:
+        limits: How far sessions share forwards.
+        metrics: Who counts.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self, limits: BatchLimits, metrics: ForwardMetrics, clock: Callable[[], float]
+    ) -> None:
+        self._limits = limits
+        self._metrics = metrics
+        self._clock = clock
+        self._running: dict[AsyncManagedModel, Batcher] = {}
+        self._users: Counter[AsyncManagedModel] = Counter()
+        self._ending: set[asyncio.Task[None]] = set()
+
+    def take(self, managed: AsyncManagedModel) -> Batcher:
+        """Return a load's batcher for one session more; it is started with the first."""
+        batcher = self._running.get(managed)
+        if batcher is None:
+            can = _joinable(managed)
+            batcher = Batcher(managed, self._limits, can, self._metrics, self._clock)
+            batcher.start()
+            self._running[managed] = batcher
+        self._users[managed] += 1
+        return batcher
+
+    def give_back(self, managed: AsyncManagedModel) -> None:
+        """Count a session less; the batcher is stopped with the last."""
+        self._users[managed] -= 1
+        if not self._users[managed]:
+            del self._users[managed]
+            task = self._running.pop(managed).stop()
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
+
+    async def ended(self) -> None:
+        """Wait for the batchers that were stopped."""
+        if self._ending:
+            await asyncio.wait(self._ending)
+
+
+def _settle(job: _Job, outcome: Outcome | Exception) -> None:
+    """Give a job its answer, if anybody still waits for it."""
+    if job.answer.done():
+        return
+    if isinstance(outcome, Exception):
+        job.answer.set_exception(outcome)
+    else:
+        job.answer.set_result(outcome)
+
+
+# What runs in the model's thread imports torch, which nobody has to wait for before.
+
+
+def _joinable(managed: AsyncManagedModel) -> Joinable:
+    from splitlearn_core.joined_cache import joinable  # noqa: PLC0415 - imports torch
+
+    return joinable(managed.model)
+
+
+def _work(state: State, step: Step) -> Work:
+    from splitlearn_manager.serving.forward import Work  # noqa: PLC0415 - imports torch
+
+    return Work(state, step, state.cache)
+
+
+def _together(
+    managed: AsyncManagedModel, works: list[Work], *, masked: bool
+) -> list[Outcome | Exception]:
+    from splitlearn_manager.serving.forward import run_together  # noqa: PLC0415 - imports torch
+
+    part: Part = managed.model
+    return run_together(part, works, masked=masked)
+
+
+def _piece(managed: AsyncManagedModel, work: Work, most: int) -> Outcome | None:
+    from splitlearn_manager.serving.forward import run_piece  # noqa: PLC0415 - imports torch
+
+    part: Part = managed.model
+    return run_piece(part, work, most)

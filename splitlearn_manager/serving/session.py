@@ -1,0 +1,89 @@
+"""One session: a client's place in one model, as the table of sessions has it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from splitlearn_manager.serving.batcher import Batcher, ForwardMetrics
+from splitlearn_manager.serving.step import State
+
+if TYPE_CHECKING:
+    from splitlearn_manager.core.entries import AsyncManagedModel
+    from splitlearn_manager.core.lease import Hold
+    from splitlearn_manager.serving.wire import CloseReason, Frame
+
+
+class SessionOwner(Protocol):
+    """What the table asks of a connection."""
+
+    def session_closed(self, session: Session, reason: CloseReason) -> None:
+        """Hear that one of its sessions has ended; must not block."""
+        ...
+
+
+class SessionMetrics(ForwardMetrics, Protocol):
+    """What the table reports."""
+
+    def sessions_open(self, model_id: str, change: int) -> None:
+        """Count a session that was opened (1) or has ended (-1)."""
+        ...
+
+    def session_step(self, model_id: str, code: str, seconds: float, tokens: int) -> None:
+        """Count a step: its outcome (`ok` or an error's code), how long it took, its positions."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A step that was answered: sent again, it is answered again, and not run."""
+
+    request: int
+    position: int
+    reply: bytes
+
+    def is_for(self, frame: Frame) -> bool:
+        """Whether a frame is the same step."""
+        return (frame.request, frame.position) == (self.request, self.position)
+
+
+@dataclass(eq=False, slots=True)
+class Session:
+    """One client's place in one model.
+
+    Attributes:
+        id: Random, so that nobody meets another's by counting; never 0.
+        owner: The connection that opened it.
+        managed: The model, as it was loaded then.
+        batcher: Whoever runs its steps, with those of others.
+        state: Its cache, and what was taken in so far.
+        last_used: When a step last began or ended, by the table's clock.
+        hold: What keeps the model for it.
+        task: The task that runs and answers its one step, while there is one.
+        busy: Whether a step was claimed and not yet released.
+        ending: Why it is to end at its release.
+        token: What proves to be its client, when its connection was lost; empty where it is to end
+            with its connection.
+        last: The step that was answered last, where it may have to be answered again.
+        absence: What ends it unless its client comes back, while it has no connection.
+    """
+
+    id: int
+    owner: SessionOwner
+    managed: AsyncManagedModel
+    batcher: Batcher
+    state: State
+    last_used: float
+    hold: Hold | None = None
+    task: asyncio.Task[None] | None = None
+    busy: bool = False
+    ending: CloseReason | None = None
+    token: str = ""
+    last: Answered | None = None
+    absence: asyncio.Task[None] | None = None
+
+    @property
+    def model_id(self) -> str:
+        """Id of its model."""
+        return self.managed.model_id

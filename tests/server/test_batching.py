@@ -1,0 +1,319 @@
+"""Sessions that share forwards: who is in which, and that each gets what is its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from joining import alone, load_ends
+from serving_fakes import OnePart, Owner, hidden, trunk_config
+
+from splitlearn_core import SplitModel
+from splitlearn_core.hidden_state import HiddenState
+from splitlearn_manager import AsyncModelManager, ResourceManager
+from splitlearn_manager.observability import Metrics
+from splitlearn_manager.serving.batcher import BatchLimits
+from splitlearn_manager.serving.errors import BadStepError, StepFailedError
+from splitlearn_manager.serving.session import Session
+from splitlearn_manager.serving.sessions import SessionTable
+from splitlearn_manager.serving.tensors import tensor_from_wire, tensor_to_wire
+from splitlearn_manager.serving.wire import CloseReason, Frame, Kind, TensorName, decode
+
+pytestmark = pytest.mark.anyio
+
+TOLERANCE = 2e-6
+
+
+@pytest.fixture(scope="module")
+def trunk() -> SplitModel:
+    return load_ends("llama")[1]
+
+
+class Forwards(Metrics):
+    """Notes the rows of every forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def forward(self, model_id: str, rows: int, seconds: float) -> None:
+        super().forward(model_id, rows, seconds)
+        self.rows.append(rows)
+
+
+@dataclass
+class Bench:
+    """Sessions of one model, whose thread a test can hold."""
+
+    manager: AsyncModelManager
+    table: SessionTable
+    forwards: Forwards
+    given: dict[Session, list[HiddenState]] = field(default_factory=dict)
+
+    async def open(self) -> Session:
+        return await self.table.open(Owner(), "trunk")
+
+    def start(
+        self, session: Session, hidden: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> asyncio.Task[torch.Tensor]:
+        """Send a step."""
+        return asyncio.create_task(self._step(session, hidden, positions))
+
+    async def _step(
+        self, session: Session, hidden: torch.Tensor, positions: torch.Tensor | None
+    ) -> torch.Tensor:
+        tensors = [tensor_to_wire(TensorName.HIDDEN_STATES, hidden)]
+        if positions is not None:
+            tensors.append(tensor_to_wire(TensorName.POSITION_IDS, positions))
+        frame = Frame(Kind.STEP, 1, session.id, session.state.length, tensors=tuple(tensors))
+        self.table.claim(session.owner, session.id)
+        self.given.setdefault(session, []).append(HiddenState(hidden))
+        try:
+            reply = decode(await self.table.step(session, frame))
+        finally:
+            self.table.release(session)
+        wire = reply.tensor(TensorName.HIDDEN_STATES)
+        assert wire is not None
+        return tensor_from_wire(wire)
+
+    async def hold(self) -> threading.Event:
+        """Hold the model's thread until the event is set."""
+        managed = await self.manager.get_model("trunk")
+        assert managed is not None
+        gate, held = threading.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def wait() -> None:
+            loop.call_soon_threadsafe(held.set)
+            assert gate.wait(30), "the test never let go of the thread"
+
+        self._holding = asyncio.create_task(managed.run(wait))
+        await held.wait()
+        return gate
+
+    def expected(self, trunk: SplitModel, session: Session) -> list[torch.Tensor]:
+        with torch.inference_mode():
+            return alone(trunk, self.given[session])
+
+
+@pytest.fixture(params=[BatchLimits(rows=8, piece=16)])
+async def bench(request: Any, trunk: SplitModel) -> AsyncIterator[Bench]:
+    manager = AsyncModelManager(
+        ResourceManager(memory_limit=1000), loader=OnePart(trunk), single_threaded=False
+    )
+    forwards = Forwards()
+    async with manager:
+        await manager.load_model(trunk_config("trunk"))
+        table = SessionTable(
+            manager, max_sessions=8, idle_timeout=60, metrics=forwards, limits=request.param
+        )
+        async with table:
+            yield Bench(manager, table, forwards)
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return bool((found - wanted).abs().max() / wanted.abs().max() <= TOLERANCE)
+
+
+async def prompts(bench: Bench, lengths: list[int]) -> list[Session]:
+    """Open a session for each length, and give it so many positions, one after the other."""
+    sessions = [await bench.open() for _ in lengths]
+    for number, (session, length) in enumerate(zip(sessions, lengths, strict=True)):
+        await bench.start(session, hidden(length, seed=number))
+    bench.forwards.rows.clear()
+    return sessions
+
+
+async def test_steps_that_wait_are_one_forward(bench: Bench, trunk: SplitModel) -> None:
+    sessions = await prompts(bench, [3, 9, 5])
+    for number in range(3):
+        gate = await bench.hold()
+        steps = [bench.start(s, hidden(1, seed=10 * number + n)) for n, s in enumerate(sessions)]
+        await _queued(bench, steps)
+        gate.set()
+        found = await asyncio.gather(*steps)
+        for session, output in zip(sessions, found, strict=True):
+            assert close(output, bench.expected(trunk, session)[-1])
+
+    assert bench.forwards.rows == [3, 3, 3]
+
+
+@pytest.mark.parametrize("bench", [BatchLimits(rows=1)], indirect=True)
+async def test_without_batching_each_step_is_equal_to_the_bit(
+    bench: Bench, trunk: SplitModel
+) -> None:
+    sessions = await prompts(bench, [3, 9, 5])
+    gate = await bench.hold()
+    steps = [bench.start(s, hidden(1, seed=n)) for n, s in enumerate(sessions)]
+    await _queued(bench, steps)
+    gate.set()
+
+    for session, output in zip(sessions, await asyncio.gather(*steps), strict=True):
+        assert torch.equal(output, bench.expected(trunk, session)[-1])
+    assert bench.forwards.rows == [1, 1, 1]
+
+
+async def test_a_step_alone_is_equal_to_the_bit(bench: Bench, trunk: SplitModel) -> None:
+    (session,) = await prompts(bench, [7])
+
+    output = await bench.start(session, hidden(1))
+
+    assert torch.equal(output, bench.expected(trunk, session)[-1])
+
+
+async def test_steps_of_several_positions_share_too(bench: Bench, trunk: SplitModel) -> None:
+    """A client that checks several tokens at once; others, of one token, have their own forward."""
+    sessions = await prompts(bench, [3, 9, 5, 4])
+    gate = await bench.hold()
+    sizes = [4, 1, 4, 1]
+    steps = [bench.start(s, hidden(n, seed=n)) for n, s in zip(sizes, sessions, strict=True)]
+    await _queued(bench, steps)
+    gate.set()
+
+    for session, output in zip(sessions, await asyncio.gather(*steps), strict=True):
+        assert close(output, bench.expected(trunk, session)[-1])
+    assert bench.forwards.rows == [2, 2]
+
+
+async def test_a_session_of_several_rows_takes_as_many(bench: Bench, trunk: SplitModel) -> None:
+    first, second, third = await bench.open(), await bench.open(), await bench.open()
+    await bench.start(first, hidden(5, rows=6))
+    await bench.start(second, hidden(3, rows=3))
+    await bench.start(third, hidden(4, rows=2))
+    bench.forwards.rows.clear()
+    gate = await bench.hold()
+    steps = [
+        bench.start(session, hidden(1, rows=rows))
+        for session, rows in ((first, 6), (second, 3), (third, 2))
+    ]
+    await _queued(bench, steps)
+    gate.set()
+
+    for session, output in zip((first, second, third), await asyncio.gather(*steps), strict=True):
+        assert close(output, bench.expected(trunk, session)[-1])
+    assert bench.forwards.rows == [8, 3]
+
+
+async def test_a_prompt_runs_in_pieces_and_steps_come_between(
+    bench: Bench, trunk: SplitModel
+) -> None:
+    (session,) = await prompts(bench, [3])
+    newcomer = await bench.open()
+    gate = await bench.hold()
+    prompt = bench.start(newcomer, hidden(100))
+    await _queued(bench, [prompt])
+    step = bench.start(session, hidden(1))
+    await _queued(bench, [prompt, step])
+    gate.set()
+
+    assert close(await step, bench.expected(trunk, session)[-1])
+    assert not prompt.done()
+    assert close(await prompt, bench.expected(trunk, newcomer)[-1])
+    assert len(bench.forwards.rows) > 4
+
+
+async def test_two_prompts_take_turns(bench: Bench, trunk: SplitModel) -> None:
+    long, short = await bench.open(), await bench.open()
+    gate = await bench.hold()
+    first = bench.start(long, hidden(100))
+    second = bench.start(short, hidden(10))
+    await _queued(bench, [first, second])
+    gate.set()
+
+    assert close(await second, bench.expected(trunk, short)[-1])
+    assert not first.done()
+    assert close(await first, bench.expected(trunk, long)[-1])
+
+
+async def test_what_is_wrong_with_one_is_wrong_with_it_alone(
+    bench: Bench, trunk: SplitModel
+) -> None:
+    good, bad = await prompts(bench, [3, 4])
+    gate = await bench.hold()
+    steps = [
+        bench.start(good, hidden(1)),
+        bench.start(bad, hidden(1), torch.tensor([[10**6]])),
+    ]
+    await _queued(bench, steps)
+    gate.set()
+
+    assert close(await steps[0], bench.expected(trunk, good)[-1])
+    with pytest.raises(BadStepError, match="position_ids must be"):
+        await steps[1]
+    bench.given[bad].pop()
+    again = await bench.start(bad, hidden(1, seed=5))
+    assert torch.equal(again, bench.expected(trunk, bad)[-1])
+
+
+async def test_a_batch_that_fails_is_run_one_by_one(
+    bench: Bench, trunk: SplitModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, bad, other = await prompts(bench, [3, 4, 5])
+    real = trunk.forward
+
+    def fails_for_the_bad_one(inputs: torch.Tensor, **kwargs: Any) -> Any:
+        output = real(inputs, **kwargs)
+        if (inputs == 7.0).any():
+            raise ArithmeticError("seven")
+        return output
+
+    monkeypatch.setattr(trunk, "forward", fails_for_the_bad_one)
+    gate = await bench.hold()
+    steps = [
+        bench.start(good, hidden(1)),
+        bench.start(bad, torch.full((1, 1, 64), 7.0)),
+        bench.start(other, hidden(1)),
+    ]
+    await _queued(bench, steps)
+    gate.set()
+    results = await asyncio.gather(*steps, return_exceptions=True)
+
+    monkeypatch.undo()
+    assert isinstance(results[1], StepFailedError)
+    for session, output in ((good, results[0]), (other, results[2])):
+        assert isinstance(output, torch.Tensor)
+        assert torch.equal(output, bench.expected(trunk, session)[-1])
+    assert len(bench.table) == 2
+
+
+async def test_who_goes_before_its_turn_is_not_run(bench: Bench, trunk: SplitModel) -> None:
+    stays, goes = await prompts(bench, [3, 4])
+    gate = await bench.hold()
+    gone = bench.start(goes, hidden(1))
+    step = bench.start(stays, hidden(1))
+    await _queued(bench, [gone, step])
+    gone.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    gate.set()
+
+    assert close(await step, bench.expected(trunk, stays)[-1])
+    assert bench.forwards.rows == [1]
+    assert len(bench.table) == 1
+
+
+async def test_no_task_is_left_when_the_last_session_is_closed(bench: Bench) -> None:
+    sessions = await prompts(bench, [3, 4])
+    assert _batchers() == ["batcher-trunk"]
+    for session in sessions:
+        bench.table.close(session, CloseReason.CLOSED)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+
+    assert _batchers() == []
+
+
+def _batchers() -> list[str]:
+    return [t.get_name() for t in asyncio.all_tasks() if t.get_name().startswith("batcher-")]
+
+
+async def _queued(bench: Bench, steps: list[asyncio.Task[torch.Tensor]]) -> None:
+    """Wait until every step has begun to wait for its turn."""
+    del bench
+    for _ in range(4 * len(steps)):
+        await asyncio.sleep(0)

@@ -1,0 +1,104 @@
+"""Whether sequences that share forwards get what they would get alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from tiny_models import VOCABULARY, tiny_model
+
+from splitlearn_core import SplitModel
+from splitlearn_core.cache import PartCache
+from splitlearn_core.factory import load_component
+from splitlearn_core.hidden_state import HiddenState
+from splitlearn_core.joined_cache import JoinedCache, joinable
+
+CUT = (2, 4)
+LENGTHS = (5, 9, 1, 13)
+ROWS = (1, 2, 1, 1)
+STEPS = 3
+
+
+def load_ends(model_type: str) -> tuple[SplitModel, SplitModel]:
+    """Return Bottom and Trunk of a small model."""
+    torch.manual_seed(0)
+    with TemporaryDirectory() as folder:
+        tiny_model(model_type).save_pretrained(folder)
+        bottom = load_component(Path(folder), "bottom", CUT)
+        return bottom, load_component(Path(folder), "trunk", CUT)
+
+
+def hidden_states(bottom: SplitModel) -> list[list[HiddenState]]:
+    """Return, for each sequence, what Bottom gives: for its prompt, and for `STEPS` tokens more."""
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for length, rows in zip(LENGTHS, ROWS, strict=True):
+        ids = torch.randint(3, VOCABULARY, (rows, length + STEPS), generator=generator)
+        pieces = [ids[:, :length], *ids[:, length:].split(1, dim=1)]
+        cache = bottom.new_cache()
+        found.append([HiddenState.of(bottom(piece, past_key_values=cache)) for piece in pieces])
+    return found
+
+
+def alone(trunk: SplitModel, inputs: Sequence[HiddenState]) -> list[torch.Tensor]:
+    """Return what a sequence gets by itself."""
+    cache = trunk.new_cache()
+    outputs, past = [], 0
+    for given in inputs:
+        rows, new = given.shape[:2]
+        positions = torch.arange(past, past + new).expand(rows, -1)
+        output = trunk(given.handed_on, position_ids=positions, past_key_values=cache)
+        outputs.append(HiddenState.of(output).tensor)
+        past += new
+    return outputs
+
+
+def together(trunk: SplitModel, inputs: Sequence[Sequence[HiddenState]]) -> list[torch.Tensor]:
+    """Return what all sequences get, step by step, from forwards that they share."""
+    caches = []
+    for sequence in inputs:
+        cache = trunk.new_cache()
+        assert isinstance(cache, PartCache)
+        trunk(sequence[0].handed_on, past_key_values=cache)
+        caches.append(cache)
+    return [step(trunk, caches, [s[number] for s in inputs]) for number in range(1, STEPS + 1)]
+
+
+def step(
+    trunk: SplitModel, caches: Sequence[PartCache], inputs: Sequence[HiddenState]
+) -> torch.Tensor:
+    """Run one forward for all, and return what it gives."""
+    joined = JoinedCache(caches)
+    side = {name: torch.cat([one.side[name] for one in inputs]) for name in inputs[0].side}
+    given = HiddenState(torch.cat([one.tensor for one in inputs]), side)
+    mask = joined.mask(1) if joinable(trunk).mask else None
+    output = trunk(
+        given.handed_on,
+        attention_mask=mask,
+        position_ids=joined.position_ids(1),
+        past_key_values=joined,
+    )
+    joined.commit()
+    return HiddenState.of(output).tensor
+
+
+def largest_difference(model_type: str) -> float | None:
+    """Return how far sequences that share forwards are from those that don't, at most.
+
+    Returns:
+        Relative to the largest number; `None` where they can't share.
+    """
+    bottom, trunk = load_ends(model_type)
+    if not joinable(trunk).steps:
+        return None
+    with torch.inference_mode():
+        inputs = hidden_states(bottom)
+        expected = [alone(trunk, sequence) for sequence in inputs]
+        produced = together(trunk, inputs)
+    worst = 0.0
+    for number, output in enumerate(produced, 1):
+        wanted = torch.cat([one[number] for one in expected])
+        worst = max(worst, float((output - wanted).abs().max() / wanted.abs().max()))
+    return worst
