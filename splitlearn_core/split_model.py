@@ -15,6 +15,7 @@ from splitlearn_core.errors import CacheMismatchError
 from splitlearn_core.families.family import SHARED
 from splitlearn_core.handover import Handover, check_ids
 from splitlearn_core.hidden_state import HiddenState
+from splitlearn_core.kv_cache import kv_bytes_per_token
 from splitlearn_core.passage import HiddenStateLeaves
 from splitlearn_core.side_values import hidden_dtype, hidden_sizes, made_values, received_values
 
@@ -119,6 +120,11 @@ class SplitModel(nn.Module):
         as it does, every part must be given `logits_to_keep`.
         """
         return any(side.kind == SHARED for side in self._family.side)
+
+    @cached_property
+    def kv_bytes_per_position(self) -> int | None:
+        """Bytes of its cache for each position of each row; `None` if it grows otherwise."""
+        return kv_bytes_per_token(self.model, self._family, self.spec, self.hidden_dtype.itemsize)
 
     @property
     def rolls_back(self) -> bool:

@@ -282,7 +282,7 @@ class SessionConnection:
         """Return what to raise for an ERROR."""
         code, message = str(frame.info.get("code")), str(frame.info.get("message"))
         text = f"{self.address} refused: {message}"
-        if code in {"too_many_sessions", "model_unavailable", "draining"}:
+        if code in {"too_many_sessions", "no_memory", "model_unavailable", "draining"}:
             return RemoteUnavailable(text)
         return RemoteError(text, code)
 

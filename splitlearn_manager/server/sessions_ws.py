@@ -338,12 +338,15 @@ def _wishes(frame: Frame) -> dict[str, Any]:
     Raises:
         BadOpenError: It asks for something else, or in another form.
     """
-    known = ("max_length", "rollback", "resume")
+    known = ("max_length", "rows", "rollback", "resume")
     if unknown := sorted(frame.info.keys() - set(known)):
         raise BadOpenError(f"OPEN has {', '.join(known)} or nothing, found {', '.join(unknown)}")
-    for name in known[1:]:
+    for name in ("rollback", "resume"):
         if not isinstance(frame.info.get(name, False), bool):
             raise BadOpenError(f"{name} must be true or false, found {frame.info[name]!r}")
+    rows = frame.info.get("rows", 1)
+    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+        raise BadOpenError(f"rows must be a number of sequences, 1 or more, found {rows!r}")
     return dict(frame.info)
 
 

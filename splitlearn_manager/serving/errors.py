@@ -9,6 +9,7 @@
     ├── UnsupportedComponentError (ValueError)    400   unsupported_component
     ├── UnknownSessionError (KeyError)            404   unknown_session
     ├── TooManySessionsError (RuntimeError)       503   too_many_sessions
+    ├── NoMemoryError (RuntimeError)              503   no_memory
     ├── ModelUnavailableError (RuntimeError)      503   model_unavailable
     ├── DrainingError (RuntimeError)              503   draining
     └── StepFailedError (RuntimeError)            500   internal
@@ -87,6 +88,13 @@ class TooManySessionsError(SessionError, RuntimeError):
     http_status = 503
     code = "too_many_sessions"
     retry_after = 1
+
+
+class NoMemoryError(SessionError, RuntimeError):
+    """The session's cache does not fit; says how much it would take, and how much there is."""
+
+    http_status = 503
+    code = "no_memory"
 
 
 class ModelUnavailableError(SessionError, RuntimeError):

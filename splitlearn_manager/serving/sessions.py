@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from splitlearn_manager.errors import ManagerError
 from splitlearn_manager.serving.batcher import Batchers, BatchLimits
+from splitlearn_manager.serving.cache_memory import CacheMemory, bytes_for
 from splitlearn_manager.serving.errors import (
     BadOpenError,
     BadStepError,
@@ -100,6 +101,7 @@ class SessionTable:
         self._clock = clock
         self._sleep = sleep
         self._batchers = Batchers(limits, metrics, clock)
+        self._memory = CacheMemory(manager.resource_manager)
         self._sessions: dict[int, Session] = {}  # the one used longest ago comes first
         self._draining = False
         self._occupied = asyncio.Event()
@@ -140,6 +142,7 @@ class SessionTable:
         model_id: str,
         max_length: int | None = None,
         *,
+        rows: int = 1,
         rollback: bool = False,
         resume: bool = False,
     ) -> Session:
@@ -148,13 +151,15 @@ class SessionTable:
         Args:
             owner: The connection; it alone can use the session, and hears of its end.
             model_id: A Trunk.
-            max_length: Most positions that the client wants; `None` for all that the model has.
+            max_length: Most positions that the client wants, whose memory is reserved now; `None`
+                for all that the model has, whose memory is reserved as they come.
+            rows: Sequences that memory is reserved for.
             rollback: Whether the last step must always be possible to take back.
             resume: Whether the session is to outlive its connection.
 
         Raises:
-            SessionError: No more sessions, too long, not a Trunk, can't roll back, or shutting
-                down.
+            SessionError: No more sessions, no memory, too long, not a Trunk, can't roll back, or
+                shutting down.
             ManagerError: The model is not there, or not ready.
         """
         async with self._manager.use(model_id) as managed:
@@ -165,6 +170,8 @@ class SessionTable:
             state = State(contract, managed.model.new_cache(), length, rollback)
             if rollback:
                 _record_past(state)
+            if max_length is not None:
+                self._reserve(managed, state, rows, max_length)
             session = self._place(owner, managed, state)
             if resume and self.resume_timeout:
                 session.token = secrets.token_hex(_TOKEN_BYTES)
@@ -180,7 +187,8 @@ class SessionTable:
         async with session.managed.use() as managed:
             cache = await managed.run(session.state.cache.copy)
             self._check_room()
-            state = replace(session.state, cache=cache)
+            state = replace(session.state, cache=cache, reserved=0)
+            self._reserve(managed, state, state.batch or 1, state.length)
             fork = self._place(session.owner, managed, state)
             if session.token:
                 fork.token = secrets.token_hex(_TOKEN_BYTES)
@@ -270,12 +278,14 @@ class SessionTable:
 
         Raises:
             BadStepError: It names no row, or one that there is not; the session is as it was.
+            NoMemoryError: They don't fit; likewise.
             ManagerError: The model can't wait for it any longer.
         """
         if session.last is not None and session.last.is_for(frame):
             return session.last.reply
         rows = _row_numbers(frame.info.get("rows"))
         state = session.state
+        self._reserve(session.managed, state, len(rows), state.length)
         mask = await self._change(session, "reorder", rows)
         state.batch, state.mask = len(rows), mask
         reply = _done(frame, state.length)
@@ -407,6 +417,8 @@ class SessionTable:
     async def _run(self, session: Session, frame: Frame) -> bytes:
         """Check a step, run it in the model's thread, and take its outcome into the session."""
         step = check_step(session.state, frame)
+        end = session.state.length + step.new
+        self._reserve(session.managed, session.state, step.batch, end)
         try:
             async with session.managed.use():
                 outcome = await self._forward(session, step)
@@ -433,6 +445,17 @@ class SessionTable:
             raise StepFailedError(
                 f"the step failed on the server, and session {session.id:#010x} with it"
             ) from error
+
+    def _reserve(self, managed: AsyncManagedModel, state: State, rows: int, positions: int) -> None:
+        """Reserve what a cache will take, beyond what it has.
+
+        Raises:
+            NoMemoryError: It does not fit.
+        """
+        wanted = bytes_for(state.contract.kv_bytes, rows, positions)
+        if wanted > state.reserved:
+            self._memory.grow(managed, wanted - state.reserved)
+            state.reserved = wanted
 
     def _gone(self, session: Session) -> ModelUnavailableError:
         """Let a session end for want of its model."""
@@ -478,6 +501,8 @@ class SessionTable:
         del self._sessions[session.id]
         session.state.cache = session.state.mask = session.last = None
         self._end_absence(session)
+        self._memory.give_back(session.managed, session.state.reserved)
+        session.state.reserved = 0
         self._batchers.give_back(session.managed)
         if session.hold is not None:
             session.hold.release()

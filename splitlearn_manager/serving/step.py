@@ -106,6 +106,8 @@ class Contract:
         hidden_shape: Sizes of the hidden states after [batch, new].
         dtype: Their dtype.
         max_positions: Positions that the model was made for; `None` where it does not say.
+        kv_bytes: Bytes of the cache for each position of each row; `None` where that is not known
+            before.
         takes: What must come with the hidden states.
         gives: What goes back with them.
     """
@@ -113,6 +115,7 @@ class Contract:
     hidden_shape: tuple[int, ...]
     dtype: DType
     max_positions: int | None
+    kv_bytes: int | None = None
     takes: tuple[SideTensor, ...] = ()
     gives: tuple[SideTensor, ...] = ()
 
@@ -139,6 +142,7 @@ class Contract:
                 part.hidden_shape,
                 DType.from_torch_name(str(part.hidden_dtype)),
                 part.max_positions,
+                getattr(part, "kv_bytes_per_position", None),
                 SideTensor.all_of(part.side_inputs),
                 SideTensor.all_of(part.side_outputs),
             )
@@ -158,12 +162,14 @@ class State:
         batch: Rows, fixed by the first step.
         mask: uint8 [batch, length] on the CPU, 0 for padding; `None` while no step had a mask.
         records: Whether the last step can be taken back, whatever the layers are.
+        reserved: Bytes of memory that its cache may take.
     """
 
     contract: Contract
     cache: Any
     max_length: int | None
     records: bool = False
+    reserved: int = 0
     length: int = 0
     batch: int | None = None
     mask: torch.Tensor | None = None

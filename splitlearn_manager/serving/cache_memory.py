@@ -1,0 +1,90 @@
+"""Memory for the caches of sessions, from the same ledger as that for models.
+
+A session that says how long it will be has its memory reserved when it is opened, or is refused
+then.  Any other reserves what its next step takes, in blocks, and a step that does not fit is
+refused before it runs: the session stays as it is.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from splitlearn_core.machine import Memory
+from splitlearn_manager.config.units import format_bytes
+from splitlearn_manager.errors import InsufficientResourcesError
+from splitlearn_manager.serving.errors import NoMemoryError
+
+if TYPE_CHECKING:
+    from splitlearn_manager.core.entries import AsyncManagedModel
+    from splitlearn_manager.core.resources import Reservation, ResourceManager
+
+BLOCK = 64
+"""Positions by which a cache grows (`splitlearn_core.growing_layer`)."""
+
+_ANY = Memory(sys.maxsize, sys.maxsize)  # nothing is read from the system for a reservation of 0
+
+
+def bytes_for(per_position: int | None, rows: int, positions: int) -> int:
+    """Return the bytes that a cache takes, its last block counted whole; 0 where not known."""
+    blocks = -(-positions // BLOCK)
+    return (per_position or 0) * rows * blocks * BLOCK
+
+
+class CacheMemory:
+    """What the sessions of every load of a model have reserved.
+
+    Args:
+        resources: The ledger.
+    """
+
+    def __init__(self, resources: ResourceManager) -> None:
+        self._resources = resources
+        self._held: dict[AsyncManagedModel, Reservation] = {}
+
+    def grow(self, managed: AsyncManagedModel, nbytes: int) -> None:
+        """Reserve so many bytes more for the sessions of a load.
+
+        Raises:
+            NoMemoryError: They don't fit; nothing was reserved.
+        """
+        if nbytes <= 0:
+            return
+        held = self._held.get(managed) or self._begin(managed)
+        before = held.nbytes
+        if held.resize(before + nbytes):
+            self._shrink_to(managed, held, before)
+            raise NoMemoryError(
+                f"the cache would take {format_bytes(nbytes)} more on {held.device}, where models"
+                f" and sessions may have {format_bytes(self._resources.capacity(held.device))}, and"
+                f" sessions of {managed.model_id!r} have {format_bytes(before)}"
+            )
+
+    def give_back(self, managed: AsyncManagedModel, nbytes: int) -> None:
+        """Give bytes back that were reserved."""
+        held = self._held.get(managed)
+        if held is not None and nbytes > 0:
+            self._shrink_to(managed, held, held.nbytes - nbytes)
+
+    def nbytes(self, managed: AsyncManagedModel) -> int:
+        """Return what the sessions of a load have reserved."""
+        held = self._held.get(managed)
+        return 0 if held is None else held.nbytes
+
+    def _begin(self, managed: AsyncManagedModel) -> Reservation:
+        """Begin to reserve for a load."""
+        device = str(getattr(managed.model, "device", "cpu"))
+        try:
+            held = self._resources.reserve(managed.model_id, 0, device, _ANY)
+        except InsufficientResourcesError as error:
+            raise NoMemoryError(str(error)) from error
+        held.resize(0)  # it is no load, which others would wait for
+        self._held[managed] = held
+        return held
+
+    def _shrink_to(self, managed: AsyncManagedModel, held: Reservation, nbytes: int) -> None:
+        if nbytes > 0:
+            held.resize(nbytes)
+        else:
+            held.release()
+            del self._held[managed]
