@@ -11,7 +11,8 @@ Sizes: oneDNN pads outputs to 64 and inputs to 16; FBGEMM pads inputs to 512 and
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any, NoReturn, Protocol
 
@@ -231,17 +232,44 @@ class PackedLinear(nn.Module):
     def _load_from_state_dict(self, *_: Any, **__: Any) -> NoReturn:
         raise PackedWeightsError(f"{self._why()}: other weights can't be put in their place")
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    def check_move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Refuse what would cast or move the weight.
+
+        Raises:
+            PackedWeightsError: It would.
+        """
         moved = fn(torch.empty(0, dtype=self.dtype))
         if moved.dtype != self.dtype or moved.device.type != "cpu":
             raise PackedWeightsError(
                 f"{self._why()}: they can't become {dtype_name(moved.dtype)} on {moved.device};"
                 " load the part anew"
             )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        self.check_move(fn)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _why(self) -> str:
         return f"the weights are packed (quantization {self.quantization})"
+
+
+@contextmanager
+def weights_shown(model: nn.Module) -> Iterator[None]:
+    """Give packed layers of `model` a weight on the meta device for as long as the block runs.
+
+    It is marked as initialised: for an architecture's `_init_weights`, some of which set the
+    weights of one module when they come to another.
+    """
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    try:
+        for layer in packed:
+            shown = torch.empty(layer.out_features, layer.in_features, device="meta")
+            shown._is_hf_initialized = True  # type: ignore[attr-defined]  # noqa: SLF001
+            vars(layer)["weight"] = shown
+        yield
+    finally:
+        for layer in packed:
+            vars(layer).pop("weight", None)
 
 
 class _OneWay(torch.autograd.Function):

@@ -19,7 +19,7 @@ from splitlearn_core.side_values import hidden_dtype, hidden_sizes, made_values,
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -283,6 +283,12 @@ class SplitModel(nn.Module):
             f"{self.component}: layers [{self.start_layer}, {self.end_layer}), "
             f"{self.num_parameters():,} parameters, {dtype_name(self.dtype)}{packed}"
         )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Move or cast all or, where weights are packed that can't be, nothing."""
+        for layer in self._packed():
+            layer.check_move(fn)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _packed(self) -> Iterator[PackedLinear]:
         """Yield the packed layers, whose weights are no parameters."""

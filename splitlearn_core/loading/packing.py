@@ -1,10 +1,10 @@
 """Packing linear layers while a part's weights come in, one after the other.
 
-Packed are the `nn.Linear` and `Conv1D` (GPT-2's, a linear with its weight the other way round) in
-the part's own layers, and the head, where it is one of them and shares its weight with nothing:
-at the end of a small model it is the largest of all.  A tied head stays, as does the embedding that
-it is tied to.  So do fused experts, which are no linear layers, subclasses, and layers whose weight
-the architecture's own code looks into.
+Packed are the `nn.Linear` (and Falcon's, which computes the same) and `Conv1D` (GPT-2's, a linear
+with its weight the other way round) in the part's own layers, and the head, where it is one of them
+and shares its weight with nothing: at the end of a small model it is the largest of all.  A tied
+head stays, as does the embedding that it is tied to.  So do fused experts, which are no linear
+layers, other subclasses, and layers whose weight the architecture's own code looks into.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _MATRIX = 2
 _GENERAL = ("torch", "builtins", "transformers.")
 _ARCHITECTURES = "transformers.models."
+_ALIKE = {("transformers.models.falcon.modeling_falcon", "FalconLinear")}
 
 
 @dataclass(frozen=True)
@@ -197,13 +198,18 @@ def _why_not(
     if not any(tensor.dim() >= _MATRIX for _, tensor in own):
         return ""
     kind = type(module).__name__
-    if type(module) not in {nn.Linear, Conv1D} or f"{path}.weight" not in reads.recipes:
+    if not _is_linear(type(module)) or f"{path}.weight" not in reads.recipes:
         return kind
     if f"{path}.weight" in shared:
         return f"{kind} (tied)"
     if _is_looked_into(model, path):
         return f"{kind} (its weight is used by itself)"
     return None
+
+
+def _is_linear(kind: type) -> bool:
+    """Whether modules of this very class do what `PackedLinear` does."""
+    return kind in {nn.Linear, Conv1D} or (kind.__module__, kind.__name__) in _ALIKE
 
 
 def _shared(reads: PartReads) -> set[str]:
@@ -237,13 +243,18 @@ def _mentions(kind: type, name: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def _source(kind: type) -> str:
-    """Return the code of an architecture's class; none of what all of them share."""
+    """Return the code of an architecture's class; none of what all of them share.
+
+    What sets weights at the start may look into those of others (see `weights_shown`).
+    """
     home = kind.__module__
     if home.startswith(_GENERAL) and not home.startswith(_ARCHITECTURES):
         return ""
+    members = (getattr(member, "fget", member) for member in vars(kind).values())
+    methods = [method for method in members if inspect.isfunction(method)]
     try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):
+        return "".join(inspect.getsource(m) for m in methods if m.__name__ != "_init_weights")
+    except OSError:
         return ""
 
 
