@@ -28,4 +28,5 @@ BENCHMARKS = {
         ("stored", "cast", "all-parts", "cold", "names", "peers", "hub"),
     ),
     "manager": Benchmark("splitlearn_manager.bench.manager", ("lock", "lag", "infer", "list")),
+    "quantization": Benchmark("splitlearn_manager.bench.quantization", ("trunk", "demo")),
 }
