@@ -36,7 +36,7 @@ class _Scale(NamedTuple):
     tokens: int
 
 
-_FULL = _Scale(checkpoints.QWEN2_0_5B_LAYERS, (1, 9), 128, 5, 12, 1000, 24)
+_FULL = _Scale(checkpoints.QWEN2_0_5B_LAYERS, (1, 9), 128, 5, 8, 1000, 24)
 _QUICK = _Scale(checkpoints.QWEN2_TINY, (2, 4), 8, 1, 2, 3, 4)
 
 
@@ -84,7 +84,7 @@ def _trunk_rows(
     """Yield the rows of one way; of a plain one only what it is compared by."""
     mine, plain = figures[way], figures[_plain(way)]
     note = (
-        f"1 thread, {scale.positions} positions before; median of {scale.rounds} rounds, in each of"
+        f"1 thread; median of {scale.rounds} rounds, in each of"
         f" which every way has its turn in one process; compared with plain {_plain(way)}, and"
         " float32 for the error"
     )

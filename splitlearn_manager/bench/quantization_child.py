@@ -36,6 +36,7 @@ _DEMO = "builtin:demo"
 _SHORTEST_TEXT = 40
 _PROMPT = 8
 _WARM_UP_STEPS = 3
+_BEFORE = 32
 
 
 class Way(NamedTuple):
@@ -75,7 +76,7 @@ def trunk(model: str, points: list[int], positions: int, rounds: int, steps: int
     Args:
         model: The folder.
         points: Of the Trunk.
-        positions: Of the prompt, which single tokens come after.
+        positions: Of the prompt that is timed; single tokens come after a shorter one.
         rounds: How often each way has its turn.
         steps: Tokens in a turn.
 
@@ -90,11 +91,14 @@ def trunk(model: str, points: list[int], positions: int, rounds: int, steps: int
     outputs = {way: part(hidden[:1].to(part.dtype)).float() for way, part in parts.items()}
     wanted = outputs[WAYS[0]]
     seconds: dict[str, list[dict[Way, float]]] = {"prompt": [], "1": [], "8": []}
+    streams = {
+        batch: {way: _Stream(part, hidden[:batch, :_BEFORE]) for way, part in parts.items()}
+        for batch in (1, 8)
+    }
     for _ in range(rounds):
         seconds["prompt"].append({way: _time_prompt(p, hidden[:1]) for way, p in parts.items()})
-        for batch in (1, 8):
-            times = {way: _time_steps(p, hidden[:batch], steps) for way, p in parts.items()}
-            seconds[str(batch)].append(times)
+        for batch, ways in streams.items():
+            seconds[str(batch)].append({way: s.seconds(steps) for way, s in ways.items()})
     return {
         way.name: {
             "nbytes": part.nbytes,
@@ -118,16 +122,22 @@ def _time_prompt(part: SplitModel, hidden: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-def _time_steps(part: SplitModel, hidden: torch.Tensor, steps: int) -> float:
-    """Return the median seconds of a forward of one token of each row, after a prompt."""
-    given, cache = hidden.to(part.dtype), part.new_cache()
-    part(given, past_key_values=cache)
-    times = []
-    for _ in range(steps + _WARM_UP_STEPS):
-        start = time.perf_counter()
-        part(given[:, :1], past_key_values=cache)
-        times.append(time.perf_counter() - start)
-    return median(times[_WARM_UP_STEPS:])
+class _Stream:
+    """Rows that go on, token by token, after a prompt."""
+
+    def __init__(self, part: SplitModel, prompt: torch.Tensor) -> None:
+        self._part, self._cache = part, part.new_cache()
+        part(prompt.to(part.dtype), past_key_values=self._cache)
+        self._token = prompt[:, :1].to(part.dtype)
+
+    def seconds(self, steps: int) -> float:
+        """Return the median seconds of a forward of one token of each row."""
+        times = []
+        for _ in range(steps + _WARM_UP_STEPS):
+            start = time.perf_counter()
+            self._part(self._token, past_key_values=self._cache)
+            times.append(time.perf_counter() - start)
+        return median(times[_WARM_UP_STEPS:])
 
 
 # --- What the built-in model loses -------------------------------------------------------------
