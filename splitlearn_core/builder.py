@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,10 @@ from splitlearn_core.dtypes import dtype_name
 from splitlearn_core.families import family_of
 from splitlearn_core.loading.materialize import Placement, materialize, plan_reads
 from splitlearn_core.loading.names import map_names
+from splitlearn_core.loading.packing import plan_packing
 from splitlearn_core.loading.precision import Dtypes
 from splitlearn_core.loading.stages import LoadStage, NeverBack, enter_stage
+from splitlearn_core.machine import return_freed_memory
 from splitlearn_core.pruning import prune
 from splitlearn_core.skeleton import build_skeleton, check_tables, computed_tables
 from splitlearn_core.split_model import SplitModel
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
     from splitlearn_core.loading.stages import Progress
     from splitlearn_core.passage import Passage
     from splitlearn_core.plan import ComponentSpec
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -152,13 +158,14 @@ def build_part(
     """Build one part, in evaluation mode.
 
     Peak memory: the part plus two tensors, where tensors must be cast, moved or copied; otherwise
-    only what the mapped pages take that are touched.
+    only what the mapped pages take that are touched.  With a quantization: the packed part plus two
+    tensors, as they are stored and as they are computed with.
 
     Args:
         config: The whole model's Hugging Face config.
         spec: Which layers and ends the part owns.
         source: Where the tensors are; stays open.
-        placement: Device, dtype, and whether weights may stay mapped.
+        placement: Device, dtype, quantization, and whether weights may stay mapped.
         checkpoint: Names the source in errors.
         progress: See `materialize`; called too while tensors are fetched.
         family: How the architecture is built; looked up by the config's type when left out.
@@ -166,13 +173,19 @@ def build_part(
     Raises:
         CheckpointError: (a `ValueError`) The source lacks a tensor, has one of the wrong shape,
             or one that nothing has a place for; names them all.
+        QuantizationError: (a `ValueError`) Weights can't be packed as `placement` asks.
     """
     blueprint = draw(config, spec, source, checkpoint, family, placement.dtype)
     model = blueprint.model
+    packing = plan_packing(model, blueprint.family, spec, blueprint.reads, placement)
     report = NeverBack(progress) if progress is not None else None
     source.prepare(blueprint.reads.stored, report)
     enter_stage(report, LoadStage.READING)
-    materialize(model, blueprint.reads, source, placement, report)
+    materialize(model, blueprint.reads, source, placement, report, packing)
     part = SplitModel(model, spec, blueprint.family, blueprint.passage)
     model.config.dtype = dtype_name(blueprint.reads.dtype)
+    if packing is not None:
+        part.note_packing(packing)
+        return_freed_memory()
+        logger.info("%s of %s, %s", spec.name, checkpoint, packing)
     return part

@@ -7,6 +7,8 @@
     ├── FetchError (ConnectionError)             the hub did not answer as it should, for too long
     ├── StorageError (OSError)                   what is fetched can't be kept: disk full, no right
     ├── DoesNotFitError (ValueError)             a part needs more memory than its machine has
+    ├── QuantizationError (ValueError)           weights can't be packed as asked for
+    ├── PackedWeightsError (RuntimeError)        packed weights can't be trained, saved or moved
     └── CacheMismatchError (ValueError)          a cache that belongs to another part
 
 Bad split points and dtypes are plain `ValueError`s: the caller's argument is at fault.
@@ -73,6 +75,14 @@ class DoesNotFitError(SplitLearnError, ValueError):
         """Keep the figures beside the message."""
         super().__init__(message)
         self.report = report
+
+
+class QuantizationError(SplitLearnError, ValueError):
+    """Weights can't be packed as `quantization` asks: their dtype, a value, or this machine."""
+
+
+class PackedWeightsError(SplitLearnError, RuntimeError):
+    """Packed weights are for inference alone: load the part without `quantization` for the rest."""
 
 
 class CacheMismatchError(SplitLearnError, ValueError):

@@ -10,6 +10,8 @@ from splitlearn_core.loading.ahead import AT_ONCE
 if TYPE_CHECKING:
     from splitlearn_core.builder import Blueprint
     from splitlearn_core.loading.materialize import Placement
+    from splitlearn_core.loading.packing import PackingPlan
+    from splitlearn_core.loading.sources import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,34 @@ class MemoryEstimate:
         return MemoryEstimate(peak, steady)
 
 
-def estimate_part(blueprint: Blueprint, placement: Placement) -> MemoryEstimate:
+def estimate_part(
+    blueprint: Blueprint, placement: Placement, packing: PackingPlan | None = None
+) -> MemoryEstimate:
     """Add up what a part will take: stored tensors once they are placed, and computed ones.
 
     A stored tensor counts once, however many of the model's tensors it gives values to.  Tables are
-    computed when the stored ones have passed.
+    computed when the stored ones have passed.  What is packed passes through twice: as it is
+    stored, and, where that is another dtype, as it is computed with.
 
     Args:
         blueprint: The part.
         placement: Device, and whether weights may stay mapped.
+        packing: Which layers are packed.
     """
-    stored = blueprint.reads.stored.values()
-    steady = sum(tensor.final_nbytes for tensor in stored) + blueprint.tables_nbytes
-    largest = max((t.nbytes for t in stored if placement.copies(t)), default=0)
-    return MemoryEstimate(steady + max(AT_ONCE * largest, blueprint.making_nbytes), steady)
+    stored = blueprint.reads.stored
+    packed = packing.stored if packing is not None else frozenset()
+    layers = packing.layers.values() if packing is not None else ()
+    kept = [tensor for name, tensor in stored.items() if name not in packed]
+    steady = sum(tensor.final_nbytes for tensor in kept) + blueprint.tables_nbytes
+    steady += sum(layer.nbytes for layer in layers)
+    passing = [tensor.nbytes for tensor in kept if placement.copies(tensor)]
+    passing += [_passing(stored[name]) for name in packed]
+    most = max(AT_ONCE * max(passing, default=0), blueprint.making_nbytes)
+    most += max((layer.scratch for layer in layers), default=0)
+    return MemoryEstimate(steady + most, steady)
+
+
+def _passing(tensor: StoredTensor) -> int:
+    """Return the bytes of a tensor on its way to being packed."""
+    cast = tensor.final_nbytes if tensor.final_dtype is not tensor.dtype else 0
+    return tensor.nbytes + cast

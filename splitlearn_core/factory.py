@@ -17,9 +17,11 @@ from splitlearn_core.loading.files import CheckpointFiles, find_files, local_con
 from splitlearn_core.loading.generation import generation_config_for
 from splitlearn_core.loading.materialize import Placement
 from splitlearn_core.loading.opening import open_source
+from splitlearn_core.loading.packing import plan_packing
 from splitlearn_core.loading.stages import Progress
 from splitlearn_core.loading.whole import open_whole_model
 from splitlearn_core.plan import FULL, TRUNK, ComponentSpec, SplitPlan
+from splitlearn_core.quantization import check_quantization
 from splitlearn_core.skeleton import load_config
 from splitlearn_core.uncertified import any_family
 from splitlearn_core.utils.memory import MemoryTracker
@@ -114,6 +116,7 @@ def load_component(
     token: str | bool | None = None,
     verbose: bool = False,
     allow_uncertified: bool = False,
+    quantization: str | None = None,
 ) -> SplitModel:
     """Load one part, from the open checkpoint, with that part's memory alone.
 
@@ -136,6 +139,8 @@ def load_component(
         verbose: Show a bar while something is fetched.
         allow_uncertified: Let in an architecture that was not certified, as its own forward shows
             it to be built.
+        quantization: `prepacked`, `fp16` or `int8`: keep the linear layers packed for fast
+            inference on a CPU, see `splitlearn_core.quantization`; `None` changes nothing.
 
     Raises:
         ModelSourceError: (a `FileNotFoundError`) There is no such model.
@@ -144,10 +149,12 @@ def load_component(
         StorageError: (an `OSError`) What comes from the hub can't be written.
         UnsupportedModelError: (a `KeyError`) The architecture is not known, or is not certified and
             `allow_uncertified` was not given, or is no chain of layers.
-        ValueError: Bad split points, dtype or device.
+        QuantizationError: (a `ValueError`) The weights, their dtype or this machine don't go with
+            `quantization`.
+        ValueError: Bad split points, dtype, device or quantization.
         KeyError: No component of that name.
     """
-    placement = Placement(check_device(device), as_dtype(dtype), mmap)
+    placement = _placement(device, dtype, quantization, mmap=mmap)
     model = find_model(
         model_name_or_path,
         model_type=model_type,
@@ -188,12 +195,13 @@ def estimate_component(
     mmap: bool = True,
     token: str | bool | None = None,
     allow_uncertified: bool = False,
+    quantization: str | None = None,
 ) -> MemoryEstimate:
     """Return what `load_component` with the same arguments will need, from headers alone.
 
     It raises what `load_component` would raise, but for weights that turn out to be unreadable.
     """
-    placement = Placement(check_device(device), as_dtype(dtype), mmap)
+    placement = _placement(device, dtype, quantization, mmap=mmap)
     model = find_model(
         model_name_or_path,
         model_type=model_type,
@@ -207,7 +215,20 @@ def estimate_component(
         blueprint = draw(
             model.config, spec, source, model.description, model.family, placement.dtype
         )
-    return estimate_part(blueprint, placement)
+        packing = plan_packing(blueprint.model, blueprint.family, spec, blueprint.reads, placement)
+        return estimate_part(blueprint, placement, packing)
+
+
+def _placement(
+    device: str | torch.device,
+    dtype: torch.dtype | str | None,
+    quantization: str | None,
+    *,
+    mmap: bool,
+) -> Placement:
+    """Return what becomes of tensors, its values checked."""
+    checked = check_device(device)
+    return Placement(checked, as_dtype(dtype), mmap, check_quantization(quantization, checked.type))
 
 
 def _spec(
@@ -247,6 +268,7 @@ class ModelFactory:
         more_split_points: Sequence[int] = (),
         token: str | bool | None = None,
         allow_uncertified: bool = False,
+        quantization: str | None = None,
     ) -> Parts:
         """Cut a model into Bottom, Trunk and Top.
 
@@ -272,6 +294,8 @@ class ModelFactory:
             more_split_points: Further cuts; each makes one more Trunk.
             token: For the hub; `None` uses `HF_TOKEN` or the login.
             allow_uncertified: Let in an architecture that was not certified.
+            quantization: As in `load_component`, for every part; the parts then come from the open
+                checkpoint, whatever `low_memory` says.
 
         Returns:
             (bottom, trunk, top) in evaluation mode; with more split points `trunk` is a list.
@@ -294,13 +318,17 @@ class ModelFactory:
         plan = SplitPlan.from_split_points(model.num_layers, points, allow_empty=allow_empty)
         if auto_save and storage_path is None:
             raise ValueError("auto_save=True needs storage_path, the folder to save the parts in")
+        if auto_save and quantization is not None:
+            raise ValueError("auto_save=True can't save packed weights: leave quantization out")
         wanted = _wanted(plan, parts)
         devices = resolve_devices(plan, device, device_map)
         resolved = as_dtype(dtype)
-        placements = {name: Placement(devices[name], resolved, mmap) for name in plan.names}
-        with closing(
-            _choose_source(model, wanted, plan, resolved, low_memory=low_memory)
-        ) as source:
+        placements = {
+            name: _placement(devices[name], resolved, quantization, mmap=mmap)
+            for name in plan.names
+        }
+        by_tensor = low_memory or quantization is not None
+        with closing(_choose_source(model, wanted, plan, resolved, low_memory=by_tensor)) as source:
             built = _build_all(model, wanted, source, placements, MemoryTracker(verbose=verbose))
         if auto_save and storage_path is not None:
             _save_all(built, storage_path)
@@ -333,7 +361,7 @@ def _choose_source(
 ) -> TensorSource:
     """Open the checkpoint (incremental), or load the whole model first (traditional)."""
     if low_memory or len(wanted) < len(plan.components):
-        reason = "low_memory=True" if low_memory else "only some parts are wanted"
+        reason = "low_memory or quantization" if low_memory else "only some parts are wanted"
         logger.info("incremental loading of %s: %s", model.description, reason)
         return open_source(model.files)
     logger.info("traditional loading of %s: all parts, low_memory=False", model.description)

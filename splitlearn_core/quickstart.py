@@ -51,6 +51,7 @@ def load_split_model(
     mmap: bool = True,
     token: str | bool | None = None,
     allow_uncertified: bool = False,
+    quantization: str | None = None,
 ) -> Parts:
     """Cut a model at `split_points`; see `ModelFactory.create_split_models` for the rest.
 
@@ -73,6 +74,7 @@ def load_split_model(
         token: For the hub; `HF_TOKEN` or the login when left out.
         allow_uncertified: Let in an architecture that was not certified, as its own forward shows
             it to be built.
+        quantization: `prepacked`, `fp16` or `int8`, see `load_component`; `None` changes nothing.
     """
     first, second, *more = check_split_points(split_points)
     return ModelFactory.create_split_models(
@@ -93,6 +95,7 @@ def load_split_model(
         more_split_points=more,
         token=token,
         allow_uncertified=allow_uncertified,
+        quantization=quantization,
     )
 
 

@@ -15,6 +15,7 @@ from splitlearn_core.default_dtype import own_default_dtype
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.families import family_of
 from splitlearn_core.messages import in_one_line
+from splitlearn_core.packed_linear import weights_shown
 from splitlearn_core.shape import CONFIG_FILE, read_shape
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def initialise_buffers(
         device: Where the buffers go.
         guests: Modules that are treated as if they were in the model, by their paths there.
     """
-    with building, torch.no_grad(), _visiting(model, guests or {}):
+    with building, torch.no_grad(), _visiting(model, guests or {}), weights_shown(model):
         loaded = [*model.parameters(), *(b for b in model.buffers() if not b.is_meta)]
         for module in model.modules():
             for name, buffer in list(module.named_buffers(recurse=False)):

@@ -11,20 +11,23 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from splitlearn_core.cache import PartCache
 from splitlearn_core.dtypes import dtype_name, main_dtype
-from splitlearn_core.errors import CacheMismatchError
+from splitlearn_core.errors import CacheMismatchError, PackedWeightsError
 from splitlearn_core.families.family import SHARED
 from splitlearn_core.handover import Handover, check_ids
 from splitlearn_core.hidden_state import HiddenState
 from splitlearn_core.kv_cache import kv_bytes_per_token
+from splitlearn_core.packed_linear import PackedLinear
 from splitlearn_core.passage import HiddenStateLeaves
 from splitlearn_core.side_values import hidden_dtype, hidden_sizes, made_values, received_values
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Callable, Iterator
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from splitlearn_core.families import Family
+    from splitlearn_core.loading.packing import PackingPlan
     from splitlearn_core.passage import Passage
     from splitlearn_core.plan import ComponentSpec
     from splitlearn_core.side_values import CrossingValue
@@ -48,6 +51,8 @@ class SplitModel(nn.Module):
     Attributes:
         model: Hugging Face's own module, with what this part does not own taken out.
         spec: Which layers and ends are here.
+        packing: Which linear layers are packed, where some are: then the part is for inference
+            alone, and can't be trained, saved or cast.
     """
 
     def __init__(
@@ -59,7 +64,18 @@ class SplitModel(nn.Module):
         self._family = family
         self._passage = passage
         self._needs_dtype = bool(family.side or family.hidden_dtype)
+        self.packing: PackingPlan | None = None
         self.eval()
+
+    def note_packing(self, packing: PackingPlan) -> None:
+        """Note that layers are packed, so that no weight here asks for gradients any more."""
+        self.packing = packing
+        self.requires_grad_(False)
+
+    @property
+    def quantization(self) -> str | None:
+        """How linear layers are packed: `prepacked`, `fp16`, `int8`; `None` where none are."""
+        return None if self.packing is None else self.packing.quantization
 
     @property
     def component(self) -> str:
@@ -140,7 +156,8 @@ class SplitModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights (of most of them, where they differ)."""
-        found = main_dtype((p.dtype, p.numel()) for p in self.parameters())
+        packed = ((p.dtype, p.in_features * p.out_features) for p in self._packed())
+        found = main_dtype([*((p.dtype, p.numel()) for p in self.parameters()), *packed])
         return found or torch.get_default_dtype()
 
     @property
@@ -150,13 +167,15 @@ class SplitModel(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights and buffers; a tensor used twice counts once."""
+        """Bytes of the weights, packed ones too, and buffers; a tensor used twice counts once."""
         tensors = [*self.parameters(), *self.buffers()]
-        return sum({id(t): t.nbytes for t in tensors}.values())
+        plain = sum({id(t): t.nbytes for t in tensors}.values())
+        return plain + sum(p.nbytes for p in self._packed())
 
     def num_parameters(self) -> int:
         """Return the number of weights; a tied one counts once."""
-        return sum(p.numel() for p in self.parameters())
+        packed = sum(p.in_features * p.out_features for p in self._packed())
+        return sum(p.numel() for p in self.parameters()) + packed
 
     def resident_bytes(self) -> int:
         """Return the bytes of the distinct pieces of memory that hold the weights.
@@ -164,7 +183,8 @@ class SplitModel(nn.Module):
         Pages mapped from a file count fully, whether they have been touched or not.
         """
         tensors = [*self.parameters(), *self.buffers()]
-        return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+        packed = sum(p.nbytes for p in self._packed())
+        return sum({t.data_ptr(): t.nbytes for t in tensors}.values()) + packed
 
     def new_cache(self) -> Cache:
         """Return an empty KV cache for this part; give it as `past_key_values`."""
@@ -229,7 +249,15 @@ class SplitModel(nn.Module):
         """Write this part as a folder: config, safetensors, and a manifest with their hashes.
 
         Each file appears whole or not at all; the manifest comes last.
+
+        Raises:
+            PackedWeightsError: (a `RuntimeError`) Its weights are packed.
         """
+        if self.packing is not None:
+            raise PackedWeightsError(
+                f"{self.component} can't be saved: its weights are packed (quantization"
+                f" {self.quantization}); load it without quantization, and save that"
+            )
         from splitlearn_core.part_folder import save_part  # noqa: PLC0415 - it imports this module
 
         save_part(self, path)
@@ -265,10 +293,23 @@ class SplitModel(nn.Module):
 
     def extra_repr(self) -> str:
         """Name the part in `repr`."""
+        packed = "" if self.quantization is None else f", {self.quantization}"
         return (
             f"{self.component}: layers [{self.start_layer}, {self.end_layer}), "
-            f"{self.num_parameters():,} parameters, {dtype_name(self.dtype)}"
+            f"{self.num_parameters():,} parameters, {dtype_name(self.dtype)}{packed}"
         )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Move or cast all or, where weights are packed that can't be, nothing."""
+        for layer in self._packed():
+            layer.check_move(fn)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _packed(self) -> Iterator[PackedLinear]:
+        """Yield the packed layers, whose weights are no parameters."""
+        if self.packing is None:
+            return iter(())
+        return (module for module in self.modules() if isinstance(module, PackedLinear))
 
     @property
     def _decoder_config(self) -> PreTrainedConfig:

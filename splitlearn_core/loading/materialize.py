@@ -2,13 +2,15 @@
 
 Peak memory is the part's final size plus two tensors (or the tensors that are fused into one, where
 a converter does that).  Where neither dtype nor device changes, a tensor stays a view of the
-mapped file: no anonymous memory at all, until somebody writes to it.
+mapped file: no anonymous memory at all, until somebody writes to it.  With a quantization nothing
+stays mapped, and each linear layer is packed as soon as it is complete (see `packing.py`).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +24,7 @@ from splitlearn_core.errors import CheckpointError
 from splitlearn_core.headers import listed
 from splitlearn_core.loading.ahead import ahead
 from splitlearn_core.loading.conversion import check_conversions, convert
+from splitlearn_core.loading.packing import Packer
 from splitlearn_core.loading.precision import settle_each
 from splitlearn_core.skeleton import initialise_buffers
 
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from splitlearn_core.loading.names import NameMap, Recipe
+    from splitlearn_core.loading.packing import PackingPlan
     from splitlearn_core.loading.precision import Dtypes
     from splitlearn_core.loading.sources import StoredTensor, TensorSource
     from splitlearn_core.loading.stages import Progress
@@ -46,15 +50,22 @@ class Placement:
         dtype: What is asked for; `None` keeps what is stored.  `precision.py` has what becomes of
             each tensor.
         mmap: Whether it may stay a view of the mapped file.
+        quantization: How linear layers are packed, see `splitlearn_core.quantization`.
     """
 
     device: torch.device
     dtype: torch.dtype | None = None
     mmap: bool = True
+    quantization: str | None = None
+
+    @property
+    def maps(self) -> bool:
+        """Whether tensors may stay mapped: of a file that is packed they don't, to let it go."""
+        return self.mmap and self.quantization is None
 
     def copies(self, stored: StoredTensor) -> bool:
         """Whether a stored tensor needs memory of its own."""
-        stays = self.mmap and self.device.type == "cpu"
+        stays = self.maps and self.device.type == "cpu"
         return not stays or stored.final_dtype is not stored.dtype
 
 
@@ -131,6 +142,7 @@ def materialize(
     source: TensorSource,
     placement: Placement,
     progress: Progress | None = None,
+    packing: PackingPlan | None = None,
 ) -> None:
     """Give every tensor of `part` its value.
 
@@ -141,17 +153,23 @@ def materialize(
         placement: Device, dtype and privacy of the result.
         progress: Called with (bytes done, bytes in all) before each tensor and at the end.  What
             it raises ends the load.
+        packing: Which layers are packed.
 
     Raises:
         CheckpointError: A tensor can't be read or converted.
+        QuantizationError: (a `ValueError`) One can't be packed.
     """
     done = 0
-    with closing(_cooked(part, reads, source, placement)) as cooked:
+    packer = Packer(packing)
+    with closing(_cooked(part, reads, source, placement, packing)) as cooked:
         for recipe, targets, values in cooked:
             if progress is not None:
                 progress(done, reads.nbytes)
             for target in targets:
                 _assign(part, target, _value_for(target, recipe, values, reads.ties))
+            values.clear()  # what is packed is let go at once
+            for target in targets:
+                packer.arrived(part, target)
             done += sum(reads.stored[name].nbytes for name in recipe.stored)
     _tie(part, reads)
     initialise_buffers(part, placement.device, _absent_twins(part, reads))
@@ -188,7 +206,11 @@ def _misfits(
 
 
 def _cooked(
-    part: PreTrainedModel, reads: PartReads, source: TensorSource, placement: Placement
+    part: PreTrainedModel,
+    reads: PartReads,
+    source: TensorSource,
+    placement: Placement,
+    packing: PackingPlan | None,
 ) -> Generator[tuple[Recipe, list[str], dict[str, torch.Tensor]]]:
     """Yield each recipe, the tensors that it is for, and their values, by the model's names.
 
@@ -196,32 +218,47 @@ def _cooked(
     What a converter makes is made alone: it may be as large as a whole layer.
     """
     plain = [(recipe, users) for recipe, users in reads.distinct() if recipe.converter is None]
-    copies = _copies([recipe.stored[0] for recipe, _ in plain], reads, source, placement)
-    for (recipe, users), value in zip(plain, copies, strict=True):
-        yield recipe, users, {recipe.target: value}
+    passing = frozenset() if packing is None else packing.stored
+    names = [recipe.stored[0] for recipe, _ in plain]
+    copies = _copies(names, reads, source, placement, passing)
+    for recipe, users in plain:
+        yield recipe, users, {recipe.target: next(copies)}  # kept by nobody here
     for recipe, users in reads.distinct():
         if recipe.converter is not None:
-            tensors = (job() for job in _jobs(recipe.stored, reads, source, placement))
+            tensors = (job() for job in _jobs(recipe.stored, reads, source, placement, passing))
             yield recipe, users, convert(part, recipe, tensors, source)
 
 
 def _copies(
-    names: Sequence[str], reads: PartReads, source: TensorSource, placement: Placement
+    names: Sequence[str],
+    reads: PartReads,
+    source: TensorSource,
+    placement: Placement,
+    passing: AbstractSet[str],
 ) -> Iterator[torch.Tensor]:
     """Return stored tensors where and how they are wanted, in order."""
-    jobs = _jobs(names, reads, source, placement)
+    jobs = _jobs(names, reads, source, placement, passing)
     if any(placement.copies(reads.stored[name]) for name in names):
         return ahead(jobs)
     return (job() for job in jobs)
 
 
 def _jobs(
-    names: Iterable[str], reads: PartReads, source: TensorSource, placement: Placement
+    names: Iterable[str],
+    reads: PartReads,
+    source: TensorSource,
+    placement: Placement,
+    passing: AbstractSet[str],
 ) -> Iterator[Callable[[], torch.Tensor]]:
-    """Open stored tensors one by one, and yield what brings each where it is wanted."""
+    """Open stored tensors one by one, and yield what brings each where it is wanted.
+
+    Those in `passing` are dropped again soon, and need no copy of their own.
+    """
     for name in names:
         dtype = reads.stored[name].final_dtype
-        yield partial(_bring, source, source.read(name), placement, dtype)
+        private = not placement.maps and name not in passing
+        place = partial(_place, device=placement.device, dtype=dtype, private=private)
+        yield partial(_bring, source, source.read(name), place)
 
 
 def _value_for(
@@ -238,20 +275,22 @@ def _value_for(
 
 
 def _bring(
-    source: TensorSource, tensor: torch.Tensor, placement: Placement, dtype: torch.dtype
+    source: TensorSource, tensor: torch.Tensor, place: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     """Return `tensor`, which is the source's, where and how it is wanted."""
-    placed = _place(tensor, placement, dtype)
+    placed = place(tensor)
     if placed.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
         source.copied(tensor)
     return placed
 
 
-def _place(tensor: torch.Tensor, placement: Placement, dtype: torch.dtype) -> torch.Tensor:
+def _place(
+    tensor: torch.Tensor, device: torch.device, dtype: torch.dtype, *, private: bool
+) -> torch.Tensor:
     """Return `tensor` where and how it is wanted."""
-    moved = tensor.to(device=placement.device, dtype=dtype)
+    moved = tensor.to(device=device, dtype=dtype)
     is_view = moved.data_ptr() == tensor.data_ptr()
-    return moved.clone() if is_view and not placement.mmap else moved
+    return moved.clone() if is_view and private else moved
 
 
 def _assign(part: nn.Module, target: str, value: torch.Tensor) -> None:

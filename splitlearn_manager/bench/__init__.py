@@ -31,4 +31,5 @@ BENCHMARKS = {
     "serve": Benchmark(
         "splitlearn_manager.bench.serve", ("streams", "many", "prompt", "echo", "idle")
     ),
+    "quantization": Benchmark("splitlearn_manager.bench.quantization", ("trunk", "demo")),
 }

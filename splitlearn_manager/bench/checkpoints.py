@@ -71,6 +71,20 @@ QWEN2_0_5B = Shape(
         "tie_word_embeddings": True,
     },
 )
+# Layers as Qwen2-0.5B has them, of its 24 a few, and no vocabulary to speak of: for a Trunk.
+QWEN2_0_5B_LAYERS = Shape(
+    "qwen2-0.5b-layers",
+    "qwen2",
+    {
+        "vocab_size": 512,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+)
 QWEN2_1_5B = Shape(
     "qwen2-1.5b",
     "qwen2",

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -13,7 +10,7 @@ from typing import Any
 
 from splitlearn_manager.bench import page_cache
 from splitlearn_manager.bench.checkpoints import QWEN2_TINY, BenchCheckpoint
-from splitlearn_manager.bench.errors import BenchError
+from splitlearn_manager.bench.process import figures_of
 from splitlearn_manager.bench.report import Report, Row
 from splitlearn_manager.bench.workbench import Workbench, full_scale, quick_scale
 
@@ -21,7 +18,6 @@ logger = logging.getLogger(__name__)
 
 _CHILD = "splitlearn_manager.bench.manager_child"
 _FLOAT32 = "float32"
-_STDERR_LINES = 20
 _MS = 1e3
 _US = 1e6
 _GB = 1e9
@@ -152,19 +148,9 @@ def _measure(bench: Workbench, task: str, **arguments: Any) -> list[dict[str, fl
     """Do a task in fresh processes, and return the figures of each."""
     runs = []
     for number in range(bench.scale.runs):
-        runs.append(_in_fresh_process(task, arguments))
+        runs.append(figures_of(_CHILD, task, **arguments))
         logger.info("%s, run %d: %s", task, number + 1, runs[-1])
     return runs
-
-
-def _in_fresh_process(task: str, arguments: dict[str, Any]) -> dict[str, float]:
-    command = [sys.executable, "-m", _CHILD, task, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    if done.returncode:
-        tail = "\n".join(done.stderr.splitlines()[-_STDERR_LINES:])
-        raise BenchError(f"the measured process ended with {done.returncode}:\n{tail}")
-    figures: dict[str, float] = json.loads(done.stdout)
-    return figures
 
 
 ROWS: dict[str, Callable[[Workbench], list[Row]]] = {

@@ -100,6 +100,20 @@ def measure(job: Job, environment: Mapping[str, str] | None = None) -> Measureme
         return Measurement(steps, child.resident() - resident, answer["nbytes"])
 
 
+def figures_of(module: str, task: str, **arguments: Any) -> Any:
+    """Let a module of ours do a task in a fresh process; return the JSON that it answers with.
+
+    Raises:
+        BenchError: The process failed; says how it ended and what it wrote.
+    """
+    command = [sys.executable, "-m", module, task, json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode:
+        tail = "\n".join(done.stderr.splitlines()[-_STDERR_LINES:])
+        raise BenchError(f"the measured process ended with {done.returncode}:\n{tail}")
+    return json.loads(done.stdout)
+
+
 @contextmanager
 def _started(job: Job, environment: Mapping[str, str]) -> Iterator[_Child]:
     """Start a process for a job, and end it with the block."""

@@ -112,7 +112,7 @@ class Workbench:
         folders = {c.folder: c for c in (self._tiny, self._tiny_experts, *wanted)}
         absent = [checkpoint for checkpoint in folders.values() if not checkpoint.is_made()]
         need = sum(checkpoint.nbytes for checkpoint in absent) + more_bytes
-        _check_room(self.work_dir, need + _SPARE_DISK)
+        check_room(self.work_dir, need + _SPARE_DISK)
         for checkpoint in absent:
             checkpoint.make()
 
@@ -175,7 +175,7 @@ class Workbench:
         return words[:2] == ["model", "layers"] and first <= int(words[2]) < second
 
 
-def _check_room(folder: Path, need: float) -> None:
+def check_room(folder: Path, need: float) -> None:
     """Refuse to begin what the disk has no room for."""
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free

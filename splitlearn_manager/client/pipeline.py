@@ -147,6 +147,7 @@ def estimate_pipeline(config: ModelConfig) -> MemoryEstimate:
             allow_empty=options.allow_empty,
             mmap=options.mmap,
             allow_uncertified=options.allow_uncertified,
+            quantization=options.quantization,
         )
         for name in (BOTTOM, TOP)
     )
@@ -168,6 +169,7 @@ def _load_end(config: ModelConfig, name: str, progress: Progress | None) -> Spli
         mmap=options.mmap,
         progress=progress,
         allow_uncertified=options.allow_uncertified,
+        quantization=options.quantization,
     )
 
 

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field
 
 from splitlearn_core.families import KNOWN_TYPES
 from splitlearn_core.plan import FULL, TRUNK
+from splitlearn_core.quantization import check_quantization, dtype_refusal
 from splitlearn_manager.config.fields import Device, DType, ModelId, PathText, PlainMapping, Seconds
 from splitlearn_manager.config.options import PartOptions, PipelineOptions
 from splitlearn_manager.config.section import build, found, section
@@ -152,7 +153,7 @@ class ModelConfig:
         if self._is_ambiguous():
             message = "is needed: split_points alone don't say which part of a huggingface model"
             raise ConfigError(Problem(message, ("config", "component")))
-        _ = self.options
+        self._check_quantization()
 
     def loads_like(self, other: ModelConfig) -> bool:
         """Whether loading either gives the same: they differ in what is done with it, if at all."""
@@ -162,6 +163,19 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as plain values, which `from_dict` takes."""
         return asdict(self)
+
+    def _check_quantization(self) -> None:
+        """Check that device and dtype, where one is given, go with the quantization."""
+        quantization = self.options.quantization
+        if quantization is None:
+            return
+        refusal = dtype_refusal(quantization, self.dtype) if self.dtype is not None else None
+        try:
+            check_quantization(quantization, self.device)
+        except ValueError as error:
+            refusal = str(error)
+        if refusal is not None:
+            raise ConfigError(Problem(refusal, ("config", "quantization")))
 
     def _default_component(self) -> dict[str, Any]:
         """Return the component that is meant where none is named."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator
@@ -82,6 +82,10 @@ class TrunkLink:
 Chain = Annotated[tuple[TrunkLink, ...], BeforeValidator(_links)]
 
 
+Quantization = Literal["prepacked", "fp16", "int8"]
+"""See `splitlearn_core.quantization`."""
+
+
 @section
 class PartOptions:
     """How to load one part of a model.
@@ -99,6 +103,10 @@ class PartOptions:
         allow_uncertified: Let in an architecture that was not certified, as its own forward shows
             it to be built.
         verbose: Log what was loaded at INFO instead of DEBUG.
+        quantization: Keep the part's linear layers packed for fast inference on a CPU:
+            `prepacked` (the same dtype, float32 or bfloat16), `fp16` or `int8` weights (both with
+            dtype float32).  With `int8` the activations of a call share one scale, so that a
+            session's numbers depend on what it is batched with.  Nothing is packed by default.
     """
 
     component: str = FULL
@@ -110,6 +118,7 @@ class PartOptions:
     allow_empty: bool = False
     allow_uncertified: bool = False
     verbose: bool = False
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         """Check the component against the cuts."""
@@ -143,6 +152,7 @@ class PipelineOptions:
         allow_empty: As for a part.
         allow_uncertified: As for a part.
         verbose: As for a part.
+        quantization: Of Bottom and Top, as for a part.
     """
 
     split_points: SplitPoints
@@ -158,6 +168,7 @@ class PipelineOptions:
     allow_empty: bool = False
     allow_uncertified: bool = False
     verbose: bool = False
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         """Check that the Trunks fit the cuts."""

@@ -370,6 +370,7 @@ class AsyncManagedModel:
             resident_bytes=self.resident_bytes,
             generation=self.generation,
             pinned=self.config.pinned,
+            quantization=getattr(model, "quantization", None),
         )
         return info if successor is None else replace(info, reloading=True, **successor.motion())
 

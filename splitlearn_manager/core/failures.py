@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import traceback
 
+from splitlearn_core.errors import QuantizationError
 from splitlearn_manager.errors import ManagerError
 
 
@@ -30,6 +31,7 @@ def failure_code(error: BaseException) -> str:
         (FileNotFoundError, "not_found"),
         (OSError, "storage"),
         (KeyError, "unsupported_model"),
+        (QuantizationError, "unsupported_quantization"),
         (ValueError, "bad_checkpoint"),
     )
     return next((code for kind, code in kinds if isinstance(error, kind)), "error")

@@ -41,6 +41,7 @@ class ModelInfo:
         retry_at: When loading it again may help, with nothing changed; `None` if that never will.
         pinned: Whether it is never unloaded to make room, or because nobody uses it.
         predicted_bytes: What its weights were estimated to take; 0 while not known.
+        quantization: How its linear layers are packed, once it is loaded; `None`: not at all.
     """
 
     model_id: str
@@ -69,3 +70,4 @@ class ModelInfo:
     retry_at: float | None = field(default=None, compare=False)
     pinned: bool = False
     predicted_bytes: int = field(default=0, compare=False)
+    quantization: str | None = None

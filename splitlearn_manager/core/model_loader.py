@@ -115,6 +115,7 @@ def _arguments(config: ModelConfig) -> dict[str, Any]:
         "allow_empty": part.allow_empty,
         "mmap": part.mmap,
         "allow_uncertified": part.allow_uncertified,
+        "quantization": part.quantization,
     }
 
 

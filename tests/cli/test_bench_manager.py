@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 from typer.testing import CliRunner
 
-from splitlearn_manager.bench import manager
 from splitlearn_manager.bench.errors import BenchError
 from splitlearn_manager.bench.manager_child import Lag, note_holds
+from splitlearn_manager.bench.process import figures_of
 from splitlearn_manager.cli import app
 
 if TYPE_CHECKING:
@@ -68,4 +68,4 @@ async def test_a_loop_that_is_late_is_seen() -> None:
 
 def test_a_process_that_fails_is_told_of() -> None:
     with pytest.raises(BenchError, match=r"ended with 1:(.|\n)*unexpected keyword argument 'no'"):
-        manager._in_fresh_process("list", {"no": 1})
+        figures_of("splitlearn_manager.bench.manager_child", "list", no=1)

@@ -88,4 +88,5 @@ def test_a_snapshot_has_these_fields() -> None:
         "retry_at",
         "pinned",
         "predicted_bytes",
+        "quantization",
     ]
