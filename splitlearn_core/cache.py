@@ -187,16 +187,18 @@ class PartCache(DynamicCache):
     @property
     def nbytes(self) -> int:
         """Bytes that the states of the part's own layers take."""
-        return sum(
-            {
-                t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._held()
-            }.values()
-        )
+        return sum(tensor.nbytes for tensor in self._held())
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """Bytes of the memory that they lie in, which has room for some positions more."""
+        memory = [tensor.untyped_storage() for tensor in self._held()]
+        return sum({piece.data_ptr(): piece.nbytes() for piece in memory}.values())
 
     def _held(self) -> Iterator[torch.Tensor]:
         """Yield the tensors of the part's own layers."""
         for layer in self.layers:
-            yield from _tensors(list(vars(layer).values()))
+            yield from _tensors(layer.__getstate__())
 
 
 def _growing(layer: Any) -> Any:
