@@ -114,6 +114,7 @@ class PartCache(DynamicCache):
         self._config = config
         self._shared: dict[str, int] = {}
         self._records_past = False
+        self.module_states: tuple[Any, ...] = ()  # see `module_states.py`
         owned = range(spec.start_layer, spec.end_layer)
         self.layers = [
             _growing(layer) if number in owned else _ghost_of(layer)  # type: ignore[misc]  # mixed in
@@ -144,6 +145,11 @@ class PartCache(DynamicCache):
         for layer in self.layers:
             if isinstance(layer, GhostLayer):
                 layer.advance(positions)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()  # type: ignore[no-untyped-call]  # transformers
+        self.module_states = ()
 
     @property
     def shared_layers(self) -> list[Any]:
@@ -197,6 +203,7 @@ class PartCache(DynamicCache):
         """Yield the tensors of the part's own layers."""
         for layer in self.layers:
             yield from _tensors(list(vars(layer).values()))
+        yield from _tensors(self.module_states)
 
 
 def _growing(layer: Any) -> Any:
