@@ -114,6 +114,7 @@ class PartCache(DynamicCache):
         self._config = config
         self._shared: dict[str, int] = {}
         self._records_past = False
+        self.module_states: tuple[Any, ...] = ()  # see `module_states.py`
         owned = range(spec.start_layer, spec.end_layer)
         self.layers = [
             _growing(layer) if number in owned else _ghost_of(layer)  # type: ignore[misc]  # mixed in
@@ -137,6 +138,7 @@ class PartCache(DynamicCache):
         other: PartCache = object.__new__(type(self))
         other.__dict__.update(self.__dict__, _shared=dict(self._shared))
         other.layers = [_copy_of(layer) for layer in self.layers]
+        other.module_states = tuple(map(_copied, self.module_states))
         return other
 
     def advance_ghosts(self, positions: int) -> None:
@@ -144,6 +146,11 @@ class PartCache(DynamicCache):
         for layer in self.layers:
             if isinstance(layer, GhostLayer):
                 layer.advance(positions)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()  # type: ignore[no-untyped-call]  # transformers
+        self.module_states = ()
 
     @property
     def shared_layers(self) -> list[Any]:
@@ -179,10 +186,20 @@ class PartCache(DynamicCache):
         self._records_past = True
         super().activate_past_recording()  # type: ignore[no-untyped-call]  # transformers
 
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Let the rows be those that are named."""
+        super().reorder_cache(beam_idx)
+        self.module_states = tuple(
+            None if state is None else state.index_select(0, beam_idx.to(state.device))
+            for state in self.module_states
+        )
+
     @property
     def is_croppable(self) -> bool:
         """Whether `crop` can put the part's own layers back as they were."""
-        return all(layer.is_croppable for layer in self.layers if not isinstance(layer, GhostLayer))
+        return not self.module_states and all(
+            layer.is_croppable for layer in self.layers if not isinstance(layer, GhostLayer)
+        )
 
     @property
     def nbytes(self) -> int:
@@ -199,6 +216,7 @@ class PartCache(DynamicCache):
         """Yield the tensors of the part's own layers."""
         for layer in self.layers:
             yield from _tensors(layer.__getstate__())
+        yield from _tensors(self.module_states)
 
 
 def _growing(layer: Any) -> Any:

@@ -31,6 +31,7 @@ from transformers.cache_utils import (
 
 from splitlearn_core.cache import GhostLayer, PartCache
 from splitlearn_core.growing_layer import GrowingLayer
+from splitlearn_core.module_states import KEPT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,8 +46,11 @@ _STATES = {
 }
 
 
-_ALONE = frozenset({"git"})
-"""Types whose forward can't be given a mask beside a cache: `git` puts one for images before it."""
+_ALONE = frozenset({"git", "openai-gpt", *KEPT})
+"""Types whose caches don't hold all that a sequence needs, or whose forward takes no mask with one.
+
+`git` puts a mask for images before it; `openai-gpt` fills no cache.
+"""
 
 
 class Joinable(NamedTuple):

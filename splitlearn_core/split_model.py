@@ -16,6 +16,7 @@ from splitlearn_core.families.family import SHARED
 from splitlearn_core.handover import Handover, check_ids
 from splitlearn_core.hidden_state import HiddenState
 from splitlearn_core.kv_cache import kv_bytes_per_token
+from splitlearn_core.module_states import KEPT, ModuleStates
 from splitlearn_core.packed_linear import PackedLinear
 from splitlearn_core.passage import HiddenStateLeaves
 from splitlearn_core.side_values import hidden_dtype, hidden_sizes, made_values, received_values
@@ -65,6 +66,8 @@ class SplitModel(nn.Module):
         self._passage = passage
         self._needs_dtype = bool(family.side or family.hidden_dtype)
         self.packing: PackingPlan | None = None
+        whole = spec.is_first and spec.is_last
+        self._states = ModuleStates(model, () if whole else KEPT.get(model.config.model_type, ()))
         self.eval()
 
     def note_packing(self, packing: PackingPlan) -> None:
@@ -361,7 +364,8 @@ class SplitModel(nn.Module):
             arguments.update(self._placeholder(given, dtype))
             self._passage.begin(given, given.new, dtype, cache)
         try:
-            return self.model(**arguments)
+            with self._states.of(cache):
+                return self.model(**arguments)
         except HiddenStateLeaves as leaving:
             return leaving.hidden_states
         finally:

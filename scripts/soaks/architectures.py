@@ -1,4 +1,4 @@
-"""Every certified architecture, at more cuts than the tests try."""
+"""Every certified architecture: more cuts than the tests try, and forwards that sequences share."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import transformers
 from certifier import certify
+from joining import TOLERANCE, largest_difference
 from tiny_models import LAYERS
 
 from splitlearn_core.families import KNOWN_TYPES, family_of
@@ -16,7 +17,10 @@ _LEAST_CUTS = 2
 
 
 def run(seed: int, count: int) -> Iterator[tuple[str, str]]:
-    """Certify `count` types, each with one random cut for every number of parts."""
+    """Certify `count` types, each with one random cut for every number of parts.
+
+    Where sequences of different lengths can share a forward, each must get what it gets alone.
+    """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     rng = random.Random(seed)  # noqa: S311 - no secret
@@ -34,6 +38,9 @@ def _cut(rng: random.Random, points: int) -> tuple[int, ...]:
 def _wrong_with(model_type: str, cuts: list[tuple[int, ...]]) -> str:
     try:
         certify(model_type, family_of(model_type), cuts=cuts)
+        difference = largest_difference(model_type)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is what is wrong
         return f"{type(error).__name__}: {error}"
+    if difference is not None and not difference <= TOLERANCE:  # not a number is wrong, too
+        return f"sequences that share forwards differ by {difference:.1e}"
     return ""

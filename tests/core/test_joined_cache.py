@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from joining import LENGTHS, STEPS, alone, hidden_states, largest_difference, load_ends, step
+from joining import (
+    LENGTHS,
+    STEPS,
+    TOLERANCE,
+    alone,
+    hidden_states,
+    largest_difference,
+    load_ends,
+    step,
+)
 
 from splitlearn_core import SplitModel
 from splitlearn_core.cache import PartCache
 from splitlearn_core.hidden_state import HiddenState
 from splitlearn_core.joined_cache import JoinedCache, joinable
-
-# float32; what padding changes is the order of sums
-TOLERANCE = 2e-6
 
 TYPES = ["gpt2", "llama", "qwen2", "bloom", "opt", "mpt", "gemma2", "gemma3_text", "gpt_oss"]
 TYPES += ["mixtral", "deepseek_v3", "mamba", "mamba2", "falcon_h1", "bamba", "nemotron_h"]
@@ -30,9 +37,25 @@ def test_each_sequence_gets_what_it_would_get_alone(model_type: str) -> None:
     assert difference <= TOLERANCE
 
 
-@pytest.mark.parametrize("model_type", ["gemma3n_text", "deepseek_v32", "git"])
+@pytest.mark.parametrize(
+    "model_type", ["gemma3n_text", "deepseek_v32", "git", "recurrent_gemma", "openai-gpt"]
+)
 def test_what_can_not_be_joined_says_so(model_type: str) -> None:
     assert not joinable(load_ends(model_type)[1]).steps
+
+
+def test_sequences_that_take_turns_do_not_mix() -> None:
+    """The modules of this type keep states of their own, of whichever sequence came last."""
+    bottom, trunk = load_ends("recurrent_gemma")
+    trunk = copy.deepcopy(trunk)
+    with torch.inference_mode():
+        inputs = hidden_states(bottom)
+        expected = [alone(trunk, sequence) for sequence in inputs]
+        caches = [trunk.new_cache() for _ in inputs]
+        for number in range(1 + STEPS):
+            for sequence, cache, wanted in zip(inputs, caches, expected, strict=True):
+                output = trunk(sequence[number].handed_on, past_key_values=cache)
+                assert torch.equal(output, wanted[number])
 
 
 def test_the_control_other_positions_give_another_result() -> None:

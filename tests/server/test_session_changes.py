@@ -32,7 +32,7 @@ from splitlearn_manager.serving.wire import CloseReason, Frame, Kind, TensorName
 pytestmark = pytest.mark.anyio
 
 RESUME = 10.0
-TYPES = ["llama", "gemma2", "falcon_h1"]
+TYPES = ["llama", "gemma2", "falcon_h1", "recurrent_gemma"]
 
 
 class Naps:

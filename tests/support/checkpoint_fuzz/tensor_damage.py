@@ -27,7 +27,8 @@ def tensor_is_invented(rng: random.Random, folder: Path) -> Damage:
     new = rng.choice((f"{stem}.secret", "secret", f"{name}.1", "model.layers.9.mlp.up_proj.weight"))
     tensors[new] = torch.zeros(3)
     save_tensors(tensors, path)
-    return Damage(f"{new} put in", refused=True, said=(new,))
+    passed_over = "attn.bias" in new  # by transformers' own rule for GPT-2, wherever it stands
+    return Damage(f"{new} put in", refused=not passed_over, said=(new,))
 
 
 @on(*REWRITABLE)
