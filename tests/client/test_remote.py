@@ -485,12 +485,17 @@ def test_sessions_that_expired_meanwhile_say_so(monkeypatch: pytest.MonkeyPatch)
     now = 1000.0
     table = partial(SessionTable, clock=lambda: now, sleep=lambda _: asyncio.sleep(0.001))
     monkeypatch.setattr(daemon_module, "SessionTable", table)
+
+    def later_there_is_none() -> bool:
+        nonlocal now
+        now += 100  # each time: the step's end counts as a use, and comes after its answer
+        return sessions_open(daemon) == 0
+
     with fake_daemon(FakeLoader(), session_idle_timeout=100) as daemon:
         with RemoteTrunk(daemon.url, "trunk") as trunk:
             cache = trunk.new_cache()
             trunk(ones(), past_key_values=cache)
-            now += 100
-            until(lambda: sessions_open(daemon) == 0)
+            until(later_there_is_none)
 
             with pytest.raises(RemoteSessionClosed) as caught:
                 trunk(ones(), past_key_values=cache)
