@@ -98,6 +98,40 @@ async def test_a_load_waits_for_one_that_then_fails(
     assert results[1] is True
 
 
+async def test_what_waits_for_a_model_that_somebody_keeps_is_refused_then(
+    manager: AsyncModelManager, loader: FakeLoader, model_config: Config
+) -> None:
+    await load(manager, loader, model_config("old"), 900)
+    kept = manager.models["old"].model  # type: ignore[union-attr]
+    async with manager.use("old"):
+        unload = asyncio.create_task(manager.unload_model("old"))
+        new = asyncio.create_task(load(manager, loader, model_config("new"), 500))
+        await until(waits(manager, "new"))
+
+    assert await unload is False
+    with pytest.raises(InsufficientResourcesError, match="reserved \\(old 900 bytes\\)"):
+        await asyncio.wait_for(new, PATIENCE)
+    del kept
+
+
+async def test_where_one_is_kept_another_is_evicted_for_who_waits(
+    make_manager: Make, loader: FakeLoader, model_config: Config
+) -> None:
+    manager = make_manager(eviction=True)
+    await load(manager, loader, model_config("old"), 450)
+    await load(manager, loader, model_config("idle"), 450)
+    kept = manager.models["old"].model  # type: ignore[union-attr]
+    async with manager.use("old"):
+        unload = asyncio.create_task(manager.unload_model("old"))
+        new = asyncio.create_task(load(manager, loader, model_config("new"), 500))
+        await until(waits(manager, "new"))
+
+    assert await unload is False
+    await asyncio.wait_for(new, PATIENCE)
+    assert set(manager.models) == {"new"}
+    del kept
+
+
 async def test_what_waits_for_a_load_that_grew_to_its_estimate_is_refused_then(
     manager: AsyncModelManager, loader: FakeLoader, model_config: Config
 ) -> None:
