@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from splitlearn_manager.core.executor import DaemonThreadPoolExecutor
     from splitlearn_manager.core.model_loader import Loader
     from splitlearn_manager.core.owners import Owners
+    from splitlearn_manager.core.progress import LoadProgress
     from splitlearn_manager.core.resources import Reservation, ResourceManager
     from splitlearn_manager.core.table import ModelTable
 
@@ -195,27 +196,36 @@ class Loads:
                     describe(error),
                     delay,
                 )
-            placeholder.progress.enter(LoadPhase.QUEUED)
+            self._enter(placeholder, LoadPhase.QUEUED)
             await self.policy.sleep(delay)
 
     async def _attempt(self, placeholder: LoadingPlaceholder) -> tuple[LoadedModel, MemoryEstimate]:
         """Appraise, reserve, load."""
         config, progress = placeholder.config, placeholder.progress
-        estimate, memory = await self._work(placeholder, self._appraise, config)
-        progress.enter(LoadPhase.WAITING_FOR_MEMORY)
-        progress(0, estimate.steady_bytes)
+        estimate, memory = await self._work(placeholder, self._appraise, config, progress)
         placeholder.predicted_bytes = estimate.steady_bytes
+        progress(0, estimate.steady_bytes)
+        self._enter(placeholder, LoadPhase.WAITING_FOR_MEMORY)
         placeholder.reservation = await self._gate.reserve(
             placeholder.model_id, estimate.peak_bytes, config.device, memory
         )
+        self._enter(placeholder, LoadPhase.QUEUED)
         loaded = await self._work(placeholder, run_load, self._loader, config, progress)
         return loaded, estimate
 
-    def _appraise(self, config: ModelConfig) -> tuple[MemoryEstimate, Memory]:
+    def _enter(self, placeholder: LoadingPlaceholder, phase: LoadPhase) -> None:
+        """Begin to wait for something, and tell it: this may last, and nobody looks meanwhile."""
+        placeholder.progress.enter(phase)
+        self._table.bus.publish(progress_event(placeholder))
+
+    def _appraise(
+        self, config: ModelConfig, progress: LoadProgress
+    ) -> tuple[MemoryEstimate, Memory]:
         """Return what a load will need, and what there is; in a worker thread, as it may take long.
 
         The capacity is looked up as well, so that it is known when the lock is held.
         """
+        progress.enter(LoadPhase.READING)
         return contained(config, self._look_up, config)
 
     def _look_up(self, config: ModelConfig) -> tuple[MemoryEstimate, Memory]:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from typing import TYPE_CHECKING
 
 from splitlearn_manager.core.states import LoadPhase
+
+if TYPE_CHECKING:
+    from splitlearn_core.loading.stages import LoadStage
 
 _WAITING = frozenset({LoadPhase.QUEUED, LoadPhase.WAITING_FOR_MEMORY})
 
@@ -55,6 +59,14 @@ class LoadProgress:
         self._waited, self._entered = self.waited_s, time.monotonic()
         self.phase = phase
         self.check()
+
+    def enter_stage(self, stage: LoadStage) -> None:
+        """Report what brings the bytes: the phase of the same name; from the loading thread.
+
+        Raises:
+            Exception: What `stop` was given.
+        """
+        self.enter(LoadPhase(stage.value))
 
     @property
     def waited_s(self) -> float:

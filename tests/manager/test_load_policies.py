@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from splitlearn_core.loading.stages import LoadStage, enter_stage
 from splitlearn_manager.core.deadlines import GIB, LoadClock, LoadDeadlines
 from splitlearn_manager.core.eviction import Candidate, choose, least_recently_used
 from splitlearn_manager.core.progress import LoadProgress, Pace
@@ -142,6 +143,15 @@ def test_pace_never_goes_backwards_or_grows_without_bound(steps: list[tuple[floa
         rate = pace.rate()
         assert rate is None or (rate >= 0 and math.isfinite(rate))
         assert all(time >= now - 10 for time, _ in pace._samples)
+
+
+@pytest.mark.parametrize("stage", LoadStage)
+def test_a_stage_of_the_core_is_a_phase(stage: LoadStage) -> None:
+    progress = LoadProgress()
+
+    enter_stage(progress, stage)
+
+    assert progress.phase == stage.value
 
 
 def test_progress_can_be_stopped_once() -> None:
