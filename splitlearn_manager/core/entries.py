@@ -424,7 +424,11 @@ class FailedEntry:
 
     def load_error(self) -> ManagerError:
         """Return what somebody who waited for the load is told, an object for each of them."""
-        return copy.copy(self.cause) if isinstance(self.cause, ManagerError) else self.error()
+        if not isinstance(self.cause, ManagerError):
+            return self.error()
+        error = copy.copy(self.cause)
+        error.__cause__ = self.cause.__cause__  # which no copy has
+        return error
 
     def info(self) -> ModelInfo:
         """Return a snapshot."""

@@ -32,7 +32,11 @@ from splitlearn_manager.core.failures import describe
 from splitlearn_manager.core.model_loader import LoadedModel, contained, run_load
 from splitlearn_manager.core.retry import RetryPolicy, may_heal
 from splitlearn_manager.core.states import LoadPhase, ModelStatus
-from splitlearn_manager.errors import LoadCancelledError, LoadTimeoutError
+from splitlearn_manager.errors import (
+    InsufficientResourcesError,
+    LoadCancelledError,
+    LoadTimeoutError,
+)
 
 if TYPE_CHECKING:
     from splitlearn_core.estimate import MemoryEstimate
@@ -206,12 +210,23 @@ class Loads:
         placeholder.predicted_bytes = estimate.steady_bytes
         progress(0, estimate.steady_bytes)
         self._enter(placeholder, LoadPhase.WAITING_FOR_MEMORY)
-        placeholder.reservation = await self._gate.reserve(
-            placeholder.model_id, estimate.peak_bytes, config.device, memory
-        )
+        placeholder.reservation = await self._promise(placeholder, estimate.peak_bytes, memory)
         self._enter(placeholder, LoadPhase.QUEUED)
         loaded = await self._work(placeholder, run_load, self._loader, config, progress)
         return loaded, estimate
+
+    async def _promise(
+        self, placeholder: LoadingPlaceholder, nbytes: int, memory: Memory
+    ) -> Reservation:
+        """Wait for the promise of memory; the refusal of a reload says what else there is."""
+        model_id, device = placeholder.model_id, placeholder.config.device
+        try:
+            return await self._gate.reserve(model_id, nbytes, device, memory)
+        except InsufficientResourcesError as error:
+            if self._table.successors.get(model_id) is not placeholder:
+                raise
+            refusal = f"{error}; to unload the old one first, reload with the policy unload_first"
+        raise InsufficientResourcesError(refusal)
 
     def _enter(self, placeholder: LoadingPlaceholder, phase: LoadPhase) -> None:
         """Begin to wait for something, and tell it: this may last, and nobody looks meanwhile."""

@@ -207,6 +207,7 @@ async def test_a_loader_that_wants_to_end_the_program_only_fails(
         await manager.load_model(model_config())
 
     assert f"the loader ended with {error!r}" in str(caught.value)
+    assert caught.value.__cause__ is error
 
 
 async def test_an_estimate_that_wants_to_end_the_program_only_fails(
