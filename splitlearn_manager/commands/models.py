@@ -276,7 +276,7 @@ def describe(event: DaemonEvent) -> str:
 
 def _progress(data: dict[str, Any]) -> str:
     """Return a load's phase, and its bytes where they are known."""
-    phase = data["phase"].replace("_", " ")
+    phase: str = data["phase"].replace("_", " ")
     if not data["bytes_total"]:
         return phase
     return f"{phase}, {format_bytes(data['bytes_done'])} of {format_bytes(data['bytes_total'])}"

@@ -194,10 +194,11 @@ class Loads:
                 if delay is None or placeholder.progress.stopped is not None:
                     raise
                 _give_back(placeholder)
+                placeholder.setback = describe(error)
                 logger.warning(
                     "loading model %s failed (%s); trying again in %.1f s",
                     placeholder.model_id,
-                    describe(error),
+                    placeholder.setback,
                     delay,
                 )
             self._enter(placeholder, LoadPhase.QUEUED)

@@ -11,6 +11,9 @@ from splitlearn_manager.core.states import LoadPhase
 if TYPE_CHECKING:
     from splitlearn_core.loading.stages import LoadStage
 
+_INSTANT = 1e-6
+"""Seconds: what lies closer together says nothing of a rate."""
+
 _WAITING = frozenset({LoadPhase.QUEUED, LoadPhase.WAITING_FOR_MEMORY})
 
 
@@ -113,7 +116,7 @@ class Pace:
         if len(self._samples) < 2:  # noqa: PLR2004 - a difference needs two
             return None
         (start, first), (end, last) = self._samples[0], self._samples[-1]
-        return (last - first) / (end - start) if end > start else None
+        return (last - first) / (end - start) if end - start >= _INSTANT else None
 
     def seconds_left(self, nbytes: int) -> float | None:
         """Return how long so many bytes will take; `None` while nothing comes."""
