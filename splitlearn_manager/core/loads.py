@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
@@ -201,8 +202,9 @@ class Loads:
                     placeholder.setback,
                     delay,
                 )
-            self._enter(placeholder, LoadPhase.QUEUED)
-            await self.policy.sleep(delay)
+            placeholder.progress.enter(LoadPhase.QUEUED)
+            with self._told(placeholder):
+                await self.policy.sleep(delay)
 
     async def _attempt(self, placeholder: LoadingPlaceholder) -> tuple[LoadedModel, MemoryEstimate]:
         """Appraise, reserve, load."""
@@ -210,9 +212,9 @@ class Loads:
         estimate, memory = await self._work(placeholder, self._appraise, config, progress)
         placeholder.predicted_bytes = estimate.steady_bytes
         progress(0, estimate.steady_bytes)
-        self._enter(placeholder, LoadPhase.WAITING_FOR_MEMORY)
+        progress.enter(LoadPhase.WAITING_FOR_MEMORY)
         placeholder.reservation = await self._promise(placeholder, estimate.peak_bytes, memory)
-        self._enter(placeholder, LoadPhase.QUEUED)
+        progress.enter(LoadPhase.QUEUED)
         loaded = await self._work(placeholder, run_load, self._loader, config, progress)
         return loaded, estimate
 
@@ -222,17 +224,29 @@ class Loads:
         """Wait for the promise of memory; the refusal of a reload says what else there is."""
         model_id, device = placeholder.model_id, placeholder.config.device
         try:
-            return await self._gate.reserve(model_id, nbytes, device, memory)
+            with self._told(placeholder):
+                return await self._gate.reserve(model_id, nbytes, device, memory)
         except InsufficientResourcesError as error:
             if self._table.successors.get(model_id) is not placeholder:
                 raise
             refusal = f"{error}; to unload the old one first, reload with the policy unload_first"
         raise InsufficientResourcesError(refusal)
 
-    def _enter(self, placeholder: LoadingPlaceholder, phase: LoadPhase) -> None:
-        """Begin to wait for something, and tell it: this may last, and nobody looks meanwhile."""
-        placeholder.progress.enter(phase)
-        self._table.bus.publish(progress_event(placeholder))
+    @contextmanager
+    def _told(self, placeholder: LoadingPlaceholder) -> Iterator[None]:
+        """Tell now and then of a load that waits: there is no thread to be watched meanwhile."""
+        loop = asyncio.get_running_loop()
+
+        def tell() -> None:
+            nonlocal timer
+            self._table.bus.publish(progress_event(placeholder))
+            timer = loop.call_later(TICK, tell)
+
+        timer = loop.call_later(TICK, tell)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _appraise(
         self, config: ModelConfig, progress: LoadProgress
