@@ -236,6 +236,7 @@ class Loads:
     def _told(self, placeholder: LoadingPlaceholder) -> Iterator[None]:
         """Tell now and then of a load that waits: there is no thread to be watched meanwhile."""
         loop = asyncio.get_running_loop()
+        timer: asyncio.TimerHandle
 
         def tell() -> None:
             nonlocal timer
