@@ -5,6 +5,7 @@
     ├── UnsupportedModelError (KeyError)         no known family for this architecture
     ├── ModelSourceError (FileNotFoundError)     there is no model at that path or name
     ├── FetchError (ConnectionError)             the hub did not answer as it should, for too long
+    │   └── HubUnreachableError                  … nor did it before: also a ModelSourceError
     ├── StorageError (OSError)                   what is fetched can't be kept: disk full, no right
     ├── DoesNotFitError (ValueError)             a part needs more memory than its machine has
     ├── QuantizationError (ValueError)           weights can't be packed as asked for
@@ -50,6 +51,10 @@ class FetchError(SplitLearnError, ConnectionError):
 
     What was fetched so far is kept: the next start goes on from there.
     """
+
+
+class HubUnreachableError(ModelSourceError, FetchError):
+    """No folder has that name, and the hub, which may have the model, can't be reached."""
 
 
 class StorageError(SplitLearnError, OSError):

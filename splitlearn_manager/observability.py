@@ -71,7 +71,7 @@ class Metrics:
             "model_load_duration_seconds", "Loads that ended well", LOAD_BUCKETS
         )
         self._queue_seconds = self._histogram(
-            "model_load_queue_seconds", "Until their weights began to come", LOAD_BUCKETS
+            "model_load_queue_seconds", "Their waits for a worker and for memory", LOAD_BUCKETS
         )
         self._load_failures = self._counter(
             "model_load_failures_total", "Loads and reloads that failed", "reason"

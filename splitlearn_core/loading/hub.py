@@ -37,7 +37,13 @@ from huggingface_hub.utils import build_hf_headers, httpx  # type: ignore[attr-d
 from tqdm import tqdm
 
 from splitlearn_core import __version__
-from splitlearn_core.errors import CheckpointError, FetchError, ModelSourceError, StorageError
+from splitlearn_core.errors import (
+    CheckpointError,
+    FetchError,
+    HubUnreachableError,
+    ModelSourceError,
+    StorageError,
+)
 from splitlearn_core.loading.part_cache import PartCache, write_atomically
 from splitlearn_core.loading.remote import Identity, RemoteFile
 from splitlearn_core.loading.retries import Patience, TransientError, patiently
@@ -107,6 +113,7 @@ class HubFiles:
 
         Raises:
             ModelSourceError: The hub has no such model, or can't be asked, and the cache has none.
+            HubUnreachableError: (also a `FetchError`) It may be asked, and did not answer.
         """
         if _COMMIT.fullmatch(self._revision):
             return self._revision
@@ -192,7 +199,7 @@ class HubFiles:
             commit = patiently(self._ask_commit, self.repo_id, patience)
         except FetchError as error:
             if known is None:
-                raise ModelSourceError(
+                raise HubUnreachableError(
                     self._absent(f"the hub can't be reached ({error.__cause__})")
                 ) from error
             logger.warning(
@@ -271,7 +278,9 @@ class HubFiles:
         except HfHubHTTPError as error:
             if error.response.status_code == _NOT_FOUND:
                 return None
-            raise ModelSourceError(f"{self.describe(name)} can't be fetched: {error}") from error
+            lasting = error.response.status_code in _LASTING
+            kind = ModelSourceError if lasting else FetchError
+            raise kind(f"{self.describe(name)} can't be fetched: {error}") from error
         except httpx.HTTPError as error:
             raise FetchError(f"{self.describe(name)} can't be fetched: {error}") from error
         except OSError as error:

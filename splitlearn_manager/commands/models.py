@@ -266,10 +266,17 @@ def describe(event: DaemonEvent) -> str:
         case "transition":
             return f"{data['model_id']}: {data['old']} -> {data['new']} ({data['reason']})"
         case "progress":
-            done, total = format_bytes(data["bytes_done"]), format_bytes(data["bytes_total"])
-            return f"{data['model_id']}: {data['phase'].replace('_', ' ')}, {done} of {total}"
+            return f"{data['model_id']}: {_progress(data)}"
         case "reload_failed":
             return f"{data['model_id']}: stays as it was, a reload failed ({data['reason']})"
         case "lost":
             return f"({data['count']} events were lost: this end read too slowly)"
     return f"{event.name}: {json.dumps(data)}"
+
+
+def _progress(data: dict[str, Any]) -> str:
+    """Return a load's phase, and its bytes where they are known."""
+    phase: str = data["phase"].replace("_", " ")
+    if not data["bytes_total"]:
+        return phase
+    return f"{phase}, {format_bytes(data['bytes_done'])} of {format_bytes(data['bytes_total'])}"

@@ -394,15 +394,13 @@ class AsyncModelManager:
             await managed.gone()
             async with self.lock:
                 self._refuse_if_taken(config.model_id)
-                begun.set_result(self._begin(config, "reloading, the old one is unloaded"))
+                placeholder = self._begin(config, "reloading, the old one is unloaded")
+            _settle(begun, placeholder)
         except ManagerError as error:
-            begun.set_exception(error)
+            _settle(begun, error)
         except asyncio.CancelledError:
-            begun.set_exception(
-                ManagerClosedError(
-                    f"the manager shut down before model {config.model_id!r} was gone"
-                )
-            )
+            message = f"the manager shut down before model {config.model_id!r} was gone"
+            _settle(begun, ManagerClosedError(message))
 
     def _refuse_if_reloading(self, model_id: str) -> None:
         """Raise if a reload of the model is under way."""
@@ -700,6 +698,18 @@ def _check_policy(policy: ReloadPolicy | str) -> ReloadPolicy:
     except ValueError:
         names = ", ".join(ReloadPolicy)
         raise ValueError(f"a reload's policy is one of {names}, found {policy!r}") from None
+
+
+def _settle(
+    begun: asyncio.Future[LoadingPlaceholder], outcome: LoadingPlaceholder | ManagerError
+) -> None:
+    """Tell who waits for the beginning of a load; whoever has stopped waiting is not told."""
+    if begun.done():
+        return
+    if isinstance(outcome, ManagerError):
+        begun.set_exception(outcome)
+    else:
+        begun.set_result(outcome)
 
 
 def _look_at(result: asyncio.Future[Any]) -> None:

@@ -56,7 +56,7 @@ def release_when_gone(reservation: Reservation | None, alive: Callable[[], Any] 
     if model is None:
         reservation.release()
         return
-    reservation.leaving, reservation.lingering = False, True
+    reservation.linger()
     weakref.finalize(model, reservation.release).atexit = False
 
 

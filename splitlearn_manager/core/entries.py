@@ -57,6 +57,7 @@ class LoadingPlaceholder:
             its memory given back; `None` while there was none.
         owner: The task that settles it.
         predicted_bytes: What it was estimated to take once it is loaded; 0 while not known.
+        setback: Why its last attempt failed, where it is tried again.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class LoadingPlaceholder:
         self.remains: Future[None] | None = None
         self.owner: asyncio.Task[None] | None = None
         self.predicted_bytes = 0
+        self.setback: str | None = None
         self._outcome: AsyncManagedModel | FailedEntry | None = None
         self._settled = asyncio.Event()
 
@@ -112,6 +114,7 @@ class LoadingPlaceholder:
             dtype=self.config.dtype,
             reserved_bytes=_held(self.reservation),
             predicted_bytes=self.predicted_bytes,
+            error=self.setback,
             generation=self.generation,
             pinned=self.config.pinned,
             **self.motion(),
@@ -372,7 +375,9 @@ class AsyncManagedModel:
             pinned=self.config.pinned,
             quantization=getattr(model, "quantization", None),
         )
-        return info if successor is None else replace(info, reloading=True, **successor.motion())
+        if successor is None:
+            return info
+        return replace(info, reloading=True, error=successor.setback, **successor.motion())
 
     def _let_go(self) -> Callable[[], Any] | None:
         """Close and drop the model; return a reference to it if somebody else still has it."""
@@ -425,7 +430,11 @@ class FailedEntry:
 
     def load_error(self) -> ManagerError:
         """Return what somebody who waited for the load is told, an object for each of them."""
-        return copy.copy(self.cause) if isinstance(self.cause, ManagerError) else self.error()
+        if not isinstance(self.cause, ManagerError):
+            return self.error()
+        error = copy.copy(self.cause)
+        error.__cause__ = self.cause.__cause__  # which no copy has
+        return error
 
     def info(self) -> ModelInfo:
         """Return a snapshot."""

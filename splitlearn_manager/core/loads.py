@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,7 +33,11 @@ from splitlearn_manager.core.failures import describe
 from splitlearn_manager.core.model_loader import LoadedModel, contained, run_load
 from splitlearn_manager.core.retry import RetryPolicy, may_heal
 from splitlearn_manager.core.states import LoadPhase, ModelStatus
-from splitlearn_manager.errors import LoadCancelledError, LoadTimeoutError
+from splitlearn_manager.errors import (
+    InsufficientResourcesError,
+    LoadCancelledError,
+    LoadTimeoutError,
+)
 
 if TYPE_CHECKING:
     from splitlearn_core.estimate import MemoryEstimate
@@ -42,6 +47,7 @@ if TYPE_CHECKING:
     from splitlearn_manager.core.executor import DaemonThreadPoolExecutor
     from splitlearn_manager.core.model_loader import Loader
     from splitlearn_manager.core.owners import Owners
+    from splitlearn_manager.core.progress import LoadProgress
     from splitlearn_manager.core.resources import Reservation, ResourceManager
     from splitlearn_manager.core.table import ModelTable
 
@@ -189,33 +195,68 @@ class Loads:
                 if delay is None or placeholder.progress.stopped is not None:
                     raise
                 _give_back(placeholder)
+                placeholder.setback = describe(error)
                 logger.warning(
                     "loading model %s failed (%s); trying again in %.1f s",
                     placeholder.model_id,
-                    describe(error),
+                    placeholder.setback,
                     delay,
                 )
             placeholder.progress.enter(LoadPhase.QUEUED)
-            await self.policy.sleep(delay)
+            with self._told(placeholder):
+                await self.policy.sleep(delay)
 
     async def _attempt(self, placeholder: LoadingPlaceholder) -> tuple[LoadedModel, MemoryEstimate]:
         """Appraise, reserve, load."""
         config, progress = placeholder.config, placeholder.progress
-        estimate, memory = await self._work(placeholder, self._appraise, config)
-        progress.enter(LoadPhase.WAITING_FOR_MEMORY)
-        progress(0, estimate.steady_bytes)
+        estimate, memory = await self._work(placeholder, self._appraise, config, progress)
         placeholder.predicted_bytes = estimate.steady_bytes
-        placeholder.reservation = await self._gate.reserve(
-            placeholder.model_id, estimate.peak_bytes, config.device, memory
-        )
+        progress(0, estimate.steady_bytes)
+        progress.enter(LoadPhase.WAITING_FOR_MEMORY)
+        placeholder.reservation = await self._promise(placeholder, estimate.peak_bytes, memory)
+        progress.enter(LoadPhase.QUEUED)
         loaded = await self._work(placeholder, run_load, self._loader, config, progress)
         return loaded, estimate
 
-    def _appraise(self, config: ModelConfig) -> tuple[MemoryEstimate, Memory]:
+    async def _promise(
+        self, placeholder: LoadingPlaceholder, nbytes: int, memory: Memory
+    ) -> Reservation:
+        """Wait for the promise of memory; the refusal of a reload says what else there is."""
+        model_id, device = placeholder.model_id, placeholder.config.device
+        try:
+            with self._told(placeholder):
+                return await self._gate.reserve(model_id, nbytes, device, memory)
+        except InsufficientResourcesError as error:
+            if self._table.successors.get(model_id) is not placeholder:
+                raise
+            refusal = f"{error}; to unload the old one first, reload with the policy unload_first"
+        raise InsufficientResourcesError(refusal)
+
+    @contextmanager
+    def _told(self, placeholder: LoadingPlaceholder) -> Iterator[None]:
+        """Tell now and then of a load that waits: there is no thread to be watched meanwhile."""
+        loop = asyncio.get_running_loop()
+        timer: asyncio.TimerHandle
+
+        def tell() -> None:
+            nonlocal timer
+            self._table.bus.publish(progress_event(placeholder))
+            timer = loop.call_later(TICK, tell)
+
+        timer = loop.call_later(TICK, tell)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _appraise(
+        self, config: ModelConfig, progress: LoadProgress
+    ) -> tuple[MemoryEstimate, Memory]:
         """Return what a load will need, and what there is; in a worker thread, as it may take long.
 
         The capacity is looked up as well, so that it is known when the lock is held.
         """
+        progress.enter(LoadPhase.READING)
         return contained(config, self._look_up, config)
 
     def _look_up(self, config: ModelConfig) -> tuple[MemoryEstimate, Memory]:

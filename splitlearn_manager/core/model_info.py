@@ -29,7 +29,7 @@ class ModelInfo:
         bytes_done: How many of them are in.
         reserved_bytes: Memory promised to it.
         resident_bytes: Memory that its weights take, measured when it was loaded.
-        error: Why it failed.
+        error: Why it failed; of a load that is tried again, why its last attempt did.
         generation: Number of the load that made it; a reload has a higher one.
         phase: What a load is at; `None` when none is under way.
         elapsed_s: Seconds since the load under way was asked for.

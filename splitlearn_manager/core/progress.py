@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from typing import TYPE_CHECKING
 
 from splitlearn_manager.core.states import LoadPhase
+
+if TYPE_CHECKING:
+    from splitlearn_core.loading.stages import LoadStage
+
+_INSTANT = 1e-6
+"""Seconds: what lies closer together says nothing of a rate."""
 
 _WAITING = frozenset({LoadPhase.QUEUED, LoadPhase.WAITING_FOR_MEMORY})
 
@@ -56,6 +63,14 @@ class LoadProgress:
         self.phase = phase
         self.check()
 
+    def enter_stage(self, stage: LoadStage) -> None:
+        """Report what brings the bytes: the phase of the same name; from the loading thread.
+
+        Raises:
+            Exception: What `stop` was given.
+        """
+        self.enter(LoadPhase(stage.value))
+
     @property
     def waited_s(self) -> float:
         """Seconds that the load was queued, or waited for memory, so far."""
@@ -101,7 +116,7 @@ class Pace:
         if len(self._samples) < 2:  # noqa: PLR2004 - a difference needs two
             return None
         (start, first), (end, last) = self._samples[0], self._samples[-1]
-        return (last - first) / (end - start) if end > start else None
+        return (last - first) / (end - start) if end - start >= _INSTANT else None
 
     def seconds_left(self, nbytes: int) -> float | None:
         """Return how long so many bytes will take; `None` while nothing comes."""

@@ -72,6 +72,14 @@ class Reservation:
         """
         return self._owner._resize(self, nbytes)  # noqa: SLF001 - two halves of one thing
 
+    def linger(self) -> None:
+        """Note that the model is gone, and that nobody knows when its memory will be.
+
+        Whoever waits for it looks again: there may be nothing left to wait for.
+        """
+        self.leaving, self.lingering = False, True
+        self._owner._changed()  # noqa: SLF001
+
     def release(self) -> None:
         """Give the bytes back; a second time does nothing."""
         self._owner._release(self)  # noqa: SLF001
@@ -95,7 +103,8 @@ class ResourceManager:
         memory_limit: Bytes that models on the CPU may have, whatever the machine has.
 
     Attributes:
-        on_change: Called, in any thread and holding no lock, when less is reserved than before.
+        on_change: Called, in any thread and holding no lock, when less is reserved than before, or
+            what was about to be given back is not.
     """
 
     def __init__(self, max_memory_percent: float = 80.0, memory_limit: int | None = None) -> None:

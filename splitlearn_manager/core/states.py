@@ -48,7 +48,7 @@ class LoadPhase(StrEnum):
     DOWNLOADING = "downloading"
     """Files come from a hub."""
     READING = "reading"
-    """The weights come in."""
+    """The files are read: first their headers, for the size, then the weights."""
     WARMING_UP = "warming_up"
     """The first forward runs."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,6 @@ from splitlearn_manager.server.security import AccessPolicy, SecurityMiddleware
 from splitlearn_manager.server.statistics import StatisticsRoutes
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Awaitable, Callable
 
     from starlette.requests import Request
@@ -111,7 +111,8 @@ def _metrics_route(
         metrics.observe_models(models)
         for device in manager.resource_manager.devices():
             used = sum(m.resident_bytes for m in models if pool_of(m.device) == device)
-            metrics.observe_memory(manager.resource_manager.get_current_usage(device), used)
+            usage = await asyncio.to_thread(manager.resource_manager.get_current_usage, device)
+            metrics.observe_memory(usage, used)
         return Response(metrics.render(), media_type="text/plain; version=1.0.0; charset=utf-8")
 
     return show

@@ -154,7 +154,9 @@ class Daemon:
                 async with asyncio.TaskGroup() as tasks:
                     await self._start(parts, tasks, listener)
                     helpers = [tasks.create_task(work) for work in self._helpers(parts)]
+                    follower = tasks.create_task(self._follow_file(parts))
                     await self._stop.wait()
+                    follower.cancel()
                     timeout = self.config.server.drain_timeout
                     deadline = self._loop.time() + timeout - _reserve(timeout) / 2
                     clean = await self._drain(parts, deadline)
@@ -243,7 +245,6 @@ class Daemon:
         """Return what runs beside the server until its end."""
         return [
             self._load(parts),
-            self._follow_file(parts),
             keep_watchdog(self._notifier, parts.manager.check_alive),
             watch_loop(self.metrics.loop_lag),
         ]
@@ -262,7 +263,7 @@ class Daemon:
     # --- Another configuration -------------------------------------------------------------
 
     async def _follow_file(self, parts: _Parts) -> None:
-        """Read the configuration again whenever somebody asks for that."""
+        """Read the configuration again whenever somebody asks for that, until the end begins."""
         while True:
             await self._hang_up.wait()
             self._hang_up.clear()

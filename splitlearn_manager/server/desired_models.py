@@ -86,9 +86,12 @@ class DesiredModels:
         work = self._after(earlier, model_id, step, cancels=cancels)
         task = asyncio.create_task(work, name=f"bring model {model_id} to its configuration")
         self._steps[model_id] = task
-        task.add_done_callback(lambda _: self._ended(model_id, task))
+        task.add_done_callback(lambda _: self._ended(model_id, task, step))
 
-    def _ended(self, model_id: str, task: asyncio.Task[None]) -> None:
+    def _ended(
+        self, model_id: str, task: asyncio.Task[None], step: Coroutine[Any, Any, None]
+    ) -> None:
+        step.close()  # here, since a task that is cancelled before it begins never gets to it
         if self._steps.get(model_id) is task:
             del self._steps[model_id]
 
@@ -109,8 +112,6 @@ class DesiredModels:
             await step
         except ManagerError as error:
             logger.error("model %s is not as configured: %s", model_id, error)  # noqa: TRY400
-        finally:
-            step.close()
 
     # --- Steps -----------------------------------------------------------------------------
 

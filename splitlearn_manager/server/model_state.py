@@ -39,7 +39,8 @@ def _progress(model: ModelInfo) -> str:
         told.append(f"{format_bytes(int(model.bytes_per_second))}/s")
     if model.seconds_left is not None:
         told.append(f"{model.seconds_left:.0f} s left")
-    return ", ".join(told)
+    setback = f"; the last attempt failed: {model.error}" if model.error else ""
+    return ", ".join(told) + setback
 
 
 def _try_again(model: ModelInfo) -> str:

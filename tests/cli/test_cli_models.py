@@ -245,6 +245,7 @@ def test_every_event_has_a_line() -> None:
         models.describe(DaemonEvent(name, {"model_id": "m", **data}))
         for name, data in (
             ("progress", {"phase": "warming_up", "bytes_done": 0, "bytes_total": 1024}),
+            ("progress", {"phase": "queued", "bytes_done": 0, "bytes_total": 0}),
             ("reload_failed", {"reason": "why"}),
             ("lost", {"count": 3, "at": 0.0}),
             ("newer", {}),
@@ -253,6 +254,7 @@ def test_every_event_has_a_line() -> None:
 
     assert said == [
         "m: warming up, 0 bytes of 1.0 KiB",
+        "m: queued",
         "m: stays as it was, a reload failed (why)",
         "(3 events were lost: this end read too slowly)",
         'newer: {"model_id": "m"}',

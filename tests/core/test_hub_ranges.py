@@ -759,10 +759,26 @@ class TestWrongAnswers:
         self, open_model: Callable[..., TensorSource], waits: list[float]
     ) -> None:
         nobody = LoopbackHub({}, address="http://127.0.0.1:9")
-        with pytest.raises(ModelSourceError, match=r"'someone/model'.* can't be reached"):
+        with pytest.raises(ModelSourceError, match=r"'someone/model'.* can't be reached") as caught:
             open_model(nobody)
 
         assert len(waits) == 2
+        assert isinstance(caught.value, ConnectionError)  # so that a manager tries again later
+
+    @pytest.mark.parametrize(("status", "heals"), [(403, False), (500, True)])
+    def test_a_whole_file_that_the_hub_does_not_give(
+        self, status: int, heals: bool, single: Path, tmp_path: Path
+    ) -> None:
+        hub = LoopbackHub({REPO: single})
+        hub.fault = lambda asked: (
+            Fault(status=status) if asked.method == "GET" and asked.file == "config.json" else None
+        )
+        with hub.run():
+            files = HubFiles(REPO, tmp_path / "ours", endpoint=hub.address)
+            with pytest.raises(OSError, match=r"config\.json can't be fetched") as caught:
+                files.find("config.json")
+
+        assert isinstance(caught.value, ConnectionError) is heals
 
     def test_a_server_that_is_no_hub(
         self, single: Path, open_model: Callable[..., TensorSource]

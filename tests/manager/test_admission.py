@@ -12,6 +12,7 @@ from manager_fakes import PATIENCE, FakeLoader, Watch, until
 from splitlearn_core.estimate import MemoryEstimate
 from splitlearn_core.machine import Memory
 from splitlearn_manager.core.admission import Admission
+from splitlearn_manager.core.events import ProgressEvent
 from splitlearn_manager.core.resources import ResourceManager
 from splitlearn_manager.core.states import LoadPhase, ModelStatus
 from splitlearn_manager.errors import InsufficientResourcesError, ModelUnloadingError
@@ -96,6 +97,57 @@ async def test_a_load_waits_for_one_that_then_fails(
 
     results = await asyncio.gather(first, second, return_exceptions=True)
     assert results[1] is True
+
+
+async def test_a_load_that_waits_says_so_in_the_stream(
+    manager: AsyncModelManager, loader: FakeLoader, model_config: Config
+) -> None:
+    await load(manager, loader, model_config("old"), 900)
+    with manager.subscribe() as events:
+        async with manager.use("old"):
+            unload = asyncio.create_task(manager.unload_model("old"))
+            new = asyncio.create_task(load(manager, loader, model_config("new"), 500))
+            async with asyncio.timeout(PATIENCE):
+                async for event in events:
+                    if isinstance(event, ProgressEvent) and event.phase == "waiting_for_memory":
+                        break
+
+        assert (event.model_id, event.bytes_total) == ("new", 500)
+        await asyncio.gather(unload, new)
+
+
+async def test_what_waits_for_a_model_that_somebody_keeps_is_refused_then(
+    manager: AsyncModelManager, loader: FakeLoader, model_config: Config
+) -> None:
+    await load(manager, loader, model_config("old"), 900)
+    kept = manager.models["old"].model  # type: ignore[union-attr]
+    async with manager.use("old"):
+        unload = asyncio.create_task(manager.unload_model("old"))
+        new = asyncio.create_task(load(manager, loader, model_config("new"), 500))
+        await until(waits(manager, "new"))
+
+    assert await unload is False
+    with pytest.raises(InsufficientResourcesError, match="reserved \\(old 900 bytes\\)"):
+        await asyncio.wait_for(new, PATIENCE)
+    del kept
+
+
+async def test_where_one_is_kept_another_is_evicted_for_who_waits(
+    make_manager: Make, loader: FakeLoader, model_config: Config
+) -> None:
+    manager = make_manager(eviction=True)
+    await load(manager, loader, model_config("old"), 450)
+    await load(manager, loader, model_config("idle"), 450)
+    kept = manager.models["old"].model  # type: ignore[union-attr]
+    async with manager.use("old"):
+        unload = asyncio.create_task(manager.unload_model("old"))
+        new = asyncio.create_task(load(manager, loader, model_config("new"), 500))
+        await until(waits(manager, "new"))
+
+    assert await unload is False
+    await asyncio.wait_for(new, PATIENCE)
+    assert set(manager.models) == {"new"}
+    del kept
 
 
 async def test_what_waits_for_a_load_that_grew_to_its_estimate_is_refused_then(

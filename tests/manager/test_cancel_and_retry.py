@@ -26,6 +26,7 @@ from splitlearn_manager.errors import (
     ModelNotFoundError,
     ModelNotLoadingError,
 )
+from splitlearn_manager.server.model_state import reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -154,6 +155,8 @@ async def test_a_load_that_waits_for_its_next_attempt_can_be_cancelled(
     await until(lambda: naps.seconds != [])
     assert phase(manager) is LoadPhase.QUEUED
     assert resources.get_current_usage().reserved_bytes == 0
+    info = await manager.get_model_info("a")
+    assert reason_of(info).endswith("; the last attempt failed: ConnectionResetError: gone")
 
     assert await manager.cancel_load("a") is True
 

@@ -6,9 +6,11 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from splitlearn_core.errors import HubUnreachableError, ModelSourceError
+from splitlearn_core.loading.stages import LoadStage, enter_stage
 from splitlearn_manager.core.deadlines import GIB, LoadClock, LoadDeadlines
 from splitlearn_manager.core.eviction import Candidate, choose, least_recently_used
 from splitlearn_manager.core.progress import LoadProgress, Pace
@@ -83,6 +85,8 @@ def test_the_last_attempt_is_the_last() -> None:
         (LoadTimeoutError("it hung"), False),
         (MemoryError(), False),
         (FileNotFoundError(), False),
+        (ModelSourceError("no such model"), False),
+        (HubUnreachableError("no answer"), True),
         (OSError(28, "no space left"), False),
         (ValueError(), False),
         (KeyboardInterrupt(), False),
@@ -133,6 +137,7 @@ def test_pace_of_two_looks_in_the_same_instant_is_not_known() -> None:
     assert pace.rate() is None
 
 
+@example([(0.0, 0), (5e-324, 1)])
 @given(st.lists(st.tuples(st.floats(0, 3), st.integers(0, 10**12)), max_size=40))
 def test_pace_never_goes_backwards_or_grows_without_bound(steps: list[tuple[float, int]]) -> None:
     pace, now = Pace(span=10), 0.0
@@ -142,6 +147,15 @@ def test_pace_never_goes_backwards_or_grows_without_bound(steps: list[tuple[floa
         rate = pace.rate()
         assert rate is None or (rate >= 0 and math.isfinite(rate))
         assert all(time >= now - 10 for time, _ in pace._samples)
+
+
+@pytest.mark.parametrize("stage", LoadStage)
+def test_a_stage_of_the_core_is_a_phase(stage: LoadStage) -> None:
+    progress = LoadProgress()
+
+    enter_stage(progress, stage)
+
+    assert progress.phase == stage.value
 
 
 def test_progress_can_be_stopped_once() -> None:

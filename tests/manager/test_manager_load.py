@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from manager_fakes import FakeLoader, Watch, until
+from manager_fakes import PATIENCE, FakeLoader, Watch, until
 
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.estimate import MemoryEstimate
@@ -207,6 +207,7 @@ async def test_a_loader_that_wants_to_end_the_program_only_fails(
         await manager.load_model(model_config())
 
     assert f"the loader ended with {error!r}" in str(caught.value)
+    assert caught.value.__cause__ is error
 
 
 async def test_an_estimate_that_wants_to_end_the_program_only_fails(
@@ -396,6 +397,38 @@ async def test_loads_beyond_max_workers_wait_their_turn(
     second.release()
     assert await asyncio.gather(*loads) == [True, True]
     assert loader.loads == ["a", "b"]
+
+
+async def test_reading_headers_is_no_waiting(
+    manager: AsyncModelManager, loader: FakeLoader, model_config: Config
+) -> None:
+    headers = loader.hold("a", error=OSError("no header"))
+    loader.estimate = lambda _: headers.run(None)  # type: ignore[method-assign, assignment, return-value]
+    load = await manager.start_load(model_config())
+    await headers.started()
+    waited = load.progress.waited_s
+
+    assert load.progress.phase is LoadPhase.READING
+    assert load.progress.waited_s == waited  # it grows no more
+    headers.release()
+    await load.outcome()
+
+
+async def test_with_memory_but_without_a_worker_a_load_is_queued(
+    make_manager: Callable[..., AsyncModelManager], loader: FakeLoader, model_config: Config
+) -> None:
+    def estimate(_: ModelConfig) -> MemoryEstimate:
+        manager.executor.submit(go_on.wait, PATIENCE)  # takes the one worker after this
+        return MemoryEstimate(100, 60)
+
+    manager, go_on = make_manager(max_workers=1), threading.Event()
+    loader.estimate = estimate  # type: ignore[method-assign]
+    load = await manager.start_load(model_config())
+    await until(lambda: load.reservation is not None)
+
+    assert load.progress.phase is LoadPhase.QUEUED
+    go_on.set()
+    assert (await load.outcome()).status is ModelStatus.READY
 
 
 async def test_ensure_model_joins_a_load_of_the_same_configuration(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import TYPE_CHECKING
 
 import pytest
@@ -117,10 +118,14 @@ async def test_a_reload_for_which_there_is_no_room_changes_nothing(
 ) -> None:
     loader.estimates["a"] = MemoryEstimate(950, 900)
 
-    with pytest.raises(InsufficientResourcesError):
+    with pytest.raises(InsufficientResourcesError, match="with the policy unload_first"):
         await loaded.reload_model(model_config())
 
     assert await loaded.infer("a", 3) == 3
+    loader.estimates["b"] = MemoryEstimate(950, 900)
+    with pytest.raises(InsufficientResourcesError) as refused:
+        await loaded.load_model(model_config("b"))
+    assert "unload_first" not in str(refused.value)
 
 
 async def test_where_both_do_not_fit_the_old_one_can_go_first(
@@ -153,6 +158,22 @@ async def test_unload_first_waits_for_who_uses_the_old(
         assert loader.loads == ["a"]
 
     assert await reload is True
+
+
+async def test_unload_first_goes_on_when_nobody_waits_for_its_load(
+    loaded: AsyncModelManager, model_config: Config
+) -> None:
+    faults: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, fault: faults.append(fault))
+    async with loaded.use("a") as old:
+        begun = await loaded.start_reload(model_config(dtype="float16"), "unload_first")
+        begun.cancel()
+    await old.gone()
+
+    assert await loaded.ensure_model(model_config(dtype="float16")) is True
+    assert (await loaded.get_model_info("a")).generation == 2
+    gc.collect()
+    assert faults == []
 
 
 async def test_unload_first_that_fails_leaves_the_reason(

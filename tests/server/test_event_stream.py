@@ -117,7 +117,7 @@ async def test_progress_and_failed_reloads_are_told(
     load = asyncio.create_task(manager.load_model(trunk_config("late")))
     assert (await stream.event())[0] == "transition"
     phase, progress = "", {}
-    while phase != "reading":
+    while phase != "reading" or not progress["bytes_total"]:
         name, _, progress = await stream.event()
         assert name == "progress"
         phase = progress["phase"]

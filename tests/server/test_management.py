@@ -203,6 +203,7 @@ async def test_a_load_can_be_answered_at_once(
     assert answer.json["status"] == "loading"
     placeholder = manager.models["late"]
     assert isinstance(placeholder, LoadingPlaceholder)
+    await until(lambda: placeholder.progress.bytes_total > 0)
     await until(lambda: placeholder.progress.phase is LoadPhase.READING)
     shown = (await served.ask(answer.headers["Location"])).json
     assert shown["reason"].startswith("model 'late' is loading: reading, 0 of 80 bytes (0 %)")

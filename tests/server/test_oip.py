@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import threading
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import tritonclient.http
@@ -11,6 +12,9 @@ from serving_fakes import trunk_config
 from tritonclient.utils import InferenceServerException
 
 from splitlearn_manager.server import oip
+
+if TYPE_CHECKING:
+    from splitlearn_manager import AsyncModelManager
 
 pytestmark = pytest.mark.anyio
 
@@ -287,6 +291,23 @@ async def test_metrics_show_models_memory_and_requests(served: Any) -> None:
     unmatched = 'code="404",method="other",route="unmatched"'
     assert f"splitlearn_requests_total{{{unmatched}}} 1.0" in lines
     assert any(line.startswith('splitlearn_build_info{python="3.') for line in lines)
+
+
+async def test_the_systems_figures_are_not_looked_up_on_the_event_loop(
+    served: Any, manager: AsyncModelManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(device: str) -> Any:
+        threads.append(threading.current_thread())
+        return usage(device)
+
+    threads: list[threading.Thread] = []
+    usage = manager.resource_manager.get_current_usage
+    monkeypatch.setattr(manager.resource_manager, "get_current_usage", look)
+
+    await served.ask("/metrics")
+
+    assert threads
+    assert threading.current_thread() not in threads
 
 
 async def test_probes_and_metrics_are_not_counted(served: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from typing import Any
 
@@ -12,9 +13,13 @@ from serving_fakes import Served, trunk_config
 
 from splitlearn_manager import AsyncModelManager, ResourceManager
 from splitlearn_manager.config import DaemonConfig, ManagerLimits, ServerConfig
+from splitlearn_manager.config.changes import ConfigChanges
 from splitlearn_manager.core.states import ModelStatus
 from splitlearn_manager.errors import ConfigError, Problem
+from splitlearn_manager.server.catalogue import Catalogue
 from splitlearn_manager.server.daemon import Daemon
+from splitlearn_manager.server.desired_models import DesiredModels
+from splitlearn_manager.server.readiness import Readiness
 from splitlearn_manager.server.systemd import Notifier
 
 pytestmark = pytest.mark.anyio
@@ -289,3 +294,37 @@ async def test_the_end_comes_while_models_are_brought(start: Any) -> None:
     held.release()
 
     assert await stopping == 0
+
+
+async def test_once_the_end_has_begun_the_file_is_not_read_again(start: Any) -> None:
+    bench = await start("a")
+    held = bench.loader.hold("b")
+    await bench.hang_up("a", "b")
+    await held.started()
+    bench.file = bench.config("a", "b", "c")
+
+    bench.daemon.stop()
+    bench.daemon.reload()
+    held.release()
+    await bench.served.stop()
+
+    told = [bench.told.lines.get_nowait() for _ in range(bench.told.lines.qsize())]
+    assert "STOPPING=1" in told
+    assert "RELOADING=1" not in told
+    assert bench.loads == ["a", "b"]
+
+
+@pytest.mark.filterwarnings("error")
+async def test_the_end_comes_before_a_step_has_begun() -> None:
+    manager = AsyncModelManager(
+        ResourceManager(memory_limit=1000), loader=FakeLoader(), single_threaded=False
+    )
+    catalogue = Catalogue([trunk_config("a")])
+    desired = DesiredModels(manager, catalogue, Readiness(manager, catalogue))
+
+    desired.follow(ConfigChanges(added=(trunk_config("a"),)))
+    await desired.close()
+    gc.collect()
+
+    assert manager.models == {}
+    await manager.shutdown()
