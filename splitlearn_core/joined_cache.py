@@ -46,11 +46,15 @@ _STATES = {
 }
 
 
-_ALONE = frozenset({"git", "openai-gpt", *KEPT})
+_ALONE = frozenset({"git", "openai-gpt", "llama4", "llama4_text", *KEPT})
 """Types whose caches don't hold all that a sequence needs, or whose forward takes no mask with one.
 
-`git` puts a mask for images before it; `openai-gpt` fills no cache.
+`git` puts a mask for images before it; `openai-gpt` fills no cache; `llama4` may scale by the
+cache's length, which is that of the longest.
 """
+
+_LENGTH_DEPENDENT = ("longrope", "dynamic")
+"""Rotary embeddings that change with the largest position of a forward."""
 
 
 class Joinable(NamedTuple):
@@ -74,11 +78,23 @@ def joinable(part: SplitModel) -> Joinable:
     cache = part.new_cache()
     if not isinstance(cache, PartCache) or part.drops_positions:
         return Joinable(steps=False, chunks=False, mask=True)
-    if part.config.model_type in _ALONE:
+    if part.config.model_type in _ALONE or _depends_on_length(part.config.to_dict()):
         return Joinable(steps=False, chunks=False, mask=True)
     kinds = {type(layer) for layer in cache.layers if not isinstance(layer, GhostLayer)}
+    if len(cache.layers) == part.spec.num_layers:  # nothing counts positions
+        return Joinable(steps=False, chunks=False, mask=True)
     looks_back = any(isinstance(layer, DynamicLayer) for layer in cache.layers)
     return Joinable(kinds <= _ATTENTION | _STATES, kinds <= _ATTENTION, looks_back)
+
+
+def _depends_on_length(config: Any) -> bool:
+    """Whether a config, or what is in it, has rotary embeddings of such a kind."""
+    if isinstance(config, dict):
+        kind = config.get("rope_type", config.get("type"))
+        if isinstance(kind, str) and any(name in kind for name in _LENGTH_DEPENDENT):
+            return True
+        return any(map(_depends_on_length, config.values()))
+    return isinstance(config, list) and any(map(_depends_on_length, config))
 
 
 class _Member(NamedTuple):
@@ -254,12 +270,12 @@ class JoinedStates(JoinedLayer):
             setattr(self, kind, joined)
 
     def scatter(self) -> None:
-        """Copy the states back."""
+        """Give each sequence its own; what they had stays as it was, for whoever goes back."""
         for kind in ("conv_states", "recurrent_states"):
             for number, joined in getattr(self, kind).items():
                 for layer, rows in self.members:
                     if joined is not None:
-                        getattr(layer, kind)[number].copy_(joined[rows])
+                        getattr(layer, kind)[number] = joined[rows].clone()
 
 
 _JOINED: dict[type[Any], type[Any]] = {}

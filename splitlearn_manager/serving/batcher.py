@@ -173,10 +173,17 @@ class Batcher:
         """Take turns, for ever."""
         while True:
             await self._gather()
-            if jobs := self._next_steps():
-                await self._run_steps(jobs)
-            if job := self._next_prompt():
-                await self._run_prompt(job)
+            await self._round()
+
+    async def _round(self) -> None:
+        """Run the steps that wait, and a piece of a prompt.
+
+        By itself, so that nothing of it is kept while the next round is waited for.
+        """
+        if jobs := self._next_steps():
+            await self._run_steps(jobs)
+        if job := self._next_prompt():
+            await self._run_prompt(job)
 
     async def _gather(self) -> None:
         """Wait for a job, and a moment for those that are expected."""
@@ -186,7 +193,7 @@ class Batcher:
             return
         window = min(self._seconds * WAITING_SHARE, LONGEST_WAIT)
         left = self._ended + window - self._clock()
-        expected = len(frozenset().union(*self._last))
+        expected = min(len(frozenset().union(*self._last)), self._limits.rows)
         try:
             async with asyncio.timeout(max(left, 0)):
                 while len(self._steps) < expected and left > 0 and not self._prompts:
@@ -265,7 +272,8 @@ class Batcher:
         except Exception as error:  # noqa: BLE001 - it is the answer to this step
             outcome = error
         seconds = self._clock() - began
-        self._per_position = seconds / (most * job.rows)
+        if not isinstance(outcome, Exception):
+            self._per_position = seconds / (most * job.rows)
         self._metrics.forward(self._managed.model_id, job.rows, seconds)
         if outcome is None:
             self._prompts.append(job)

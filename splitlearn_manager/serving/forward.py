@@ -147,12 +147,15 @@ def _run_joined(
     part: Part, works: list[Work], outcomes: dict[Work, Outcome | Exception], *, masked: bool
 ) -> list[Work]:
     """Run steps as one batch; return those that are to be run alone, because that failed."""
-    joined = JoinedCache([work.cache for work in works])
+    joined: JoinedCache | None = None
     try:
-        output = _call_joined(part, works, joined, masked=masked)
-        joined.commit()
+        with torch.inference_mode():
+            joined = JoinedCache([work.cache for work in works])
+            output = _call_joined(part, works, joined, masked=masked)
+            joined.commit()
     except Exception:  # noqa: BLE001 - whose fault it is shows when each is run alone
-        joined.roll_back()
+        if joined is not None:
+            joined.roll_back()
         return works
     for number, work in enumerate(works):
         work.pieces.append(_rows(output, joined.rows_of(number)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 from splitlearn_manager.serving.batcher import Batcher, ForwardMetrics
 from splitlearn_manager.serving.step import State
@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from splitlearn_manager.core.entries import AsyncManagedModel
     from splitlearn_manager.core.lease import Hold
     from splitlearn_manager.serving.wire import CloseReason, Frame
+
+
+_EDGE = 4096
+"""Bytes at either end of a tensor by which a request is known again."""
 
 
 class SessionOwner(Protocol):
@@ -37,15 +41,32 @@ class SessionMetrics(ForwardMetrics, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A step that was answered: sent again, it is answered again, and not run."""
+    """A request that was answered: sent again, it is answered again, and not done.
 
-    request: int
-    position: int
+    Attributes:
+        fingerprint: Kind, number, position, and as much of the rest as is cheap to compare.
+        reply: The answer.
+    """
+
+    fingerprint: tuple[object, ...]
     reply: bytes
 
+    @classmethod
+    def of(cls, frame: Frame, reply: bytes) -> Self:
+        """Return what is kept of an answered request."""
+        return cls(_fingerprint(frame), reply)
+
     def is_for(self, frame: Frame) -> bool:
-        """Whether a frame is the same step."""
-        return (frame.request, frame.position) == (self.request, self.position)
+        """Whether a frame is the same request."""
+        return _fingerprint(frame) == self.fingerprint
+
+
+def _fingerprint(frame: Frame) -> tuple[object, ...]:
+    tensors = (
+        (t.name, t.dtype, t.shape, bytes(t.data[:_EDGE]), bytes(t.data[-_EDGE:]))
+        for t in frame.tensors
+    )
+    return (frame.kind, frame.request, frame.position, str(dict(frame.info)), *tensors)
 
 
 @dataclass(eq=False, slots=True)

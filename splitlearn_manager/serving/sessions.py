@@ -25,12 +25,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from splitlearn_manager.errors import ManagerError
 from splitlearn_manager.serving.batcher import Batchers, BatchLimits
-from splitlearn_manager.serving.cache_memory import CacheMemory, bytes_for
+from splitlearn_manager.serving.cache_memory import BLOCK, CacheMemory, bytes_for
 from splitlearn_manager.serving.errors import (
     BadOpenError,
     BadStepError,
     DrainingError,
     ModelUnavailableError,
+    NoMemoryError,
     SessionError,
     StepFailedError,
     TooLongError,
@@ -184,15 +185,33 @@ class SessionTable:
             SessionError: No more sessions, or shutting down.
             ManagerError: The model can't wait for it any longer.
         """
+        owner = session.owner
+        self._check_room()
+        state = replace(session.state, reserved=0)
         async with session.managed.use() as managed:
-            cache = await managed.run(session.state.cache.copy)
-            self._check_room()
-            state = replace(session.state, cache=cache, reserved=0)
-            self._reserve(managed, state, state.batch or 1, state.length)
-            fork = self._place(session.owner, managed, state)
+            self._memory.grow(managed, session.state.reserved)
+            state.reserved = session.state.reserved
+            try:
+                state.cache = await self._copy(session)
+                self._check_room()
+                _check_still_there(session, owner)
+            except BaseException:
+                self._memory.give_back(managed, state.reserved)
+                raise
+            fork = self._place(owner, managed, state)
             if session.token:
                 fork.token = secrets.token_hex(_TOKEN_BYTES)
         return fork
+
+    async def _copy(self, session: Session) -> Any:
+        """Copy a session's cache, in the model's thread."""
+        try:
+            return await session.managed.run(session.state.cache.copy)
+        except ManagerError:
+            raise
+        except Exception as error:
+            logger.exception("session %#010x can't be copied", session.id)
+            raise StepFailedError(f"session {session.id:#010x} can't be copied") from error
 
     async def resume(self, owner: SessionOwner, session_id: int, token: str) -> Session:
         """Give a session to another connection of its client, once its step in flight has ended.
@@ -201,12 +220,17 @@ class SessionTable:
             UnknownSessionError: There is none with that id and that token.
         """
         session = self._sessions.get(session_id)
-        if session is None or not token or not secrets.compare_digest(session.token, token):
-            raise UnknownSessionError(f"there is no session {session_id:#010x} to be resumed")
+        unknown = UnknownSessionError(f"there is no session {session_id:#010x} to be resumed")
+        if session is None or not token:
+            raise unknown
+        if not secrets.compare_digest(session.token.encode(), token.encode()):
+            raise unknown
         session.owner = owner
         self._end_absence(session)
         if session.task is not None:
             await asyncio.wait([session.task])
+        if self._sessions.get(session_id) is not session:
+            raise unknown  # it ended with its step
         return session
 
     def find(self, owner: SessionOwner, session_id: int) -> Session:
@@ -285,11 +309,11 @@ class SessionTable:
             return session.last.reply
         rows = _row_numbers(frame.info.get("rows"))
         state = session.state
-        self._reserve(session.managed, state, len(rows), state.length)
+        self._reserve_rows(session, len(rows))
         mask = await self._change(session, "reorder", rows)
         state.batch, state.mask = len(rows), mask
         reply = _done(frame, state.length)
-        session.last = Answered(frame.request, frame.position, reply) if session.token else None
+        session.last = Answered.of(frame, reply) if session.token else None
         return reply
 
     async def _change(self, session: Session, change: str, argument: Any) -> Any:
@@ -301,8 +325,12 @@ class SessionTable:
             raise
         except ManagerError as error:
             raise self._gone(session) from error
-        except BaseException:
+        except Exception as error:
             session.ending = session.ending or CloseReason.INTERNAL  # nobody knows how far it is
+            logger.exception("session %#010x of %s failed", session.id, session.model_id)
+            raise StepFailedError(f"session {session.id:#010x} failed at it, and ends") from error
+        except BaseException:
+            session.ending = session.ending or CloseReason.INTERNAL
             raise
 
     def release(self, session: Session) -> None:
@@ -430,8 +458,26 @@ class SessionTable:
         session.state.batch = step.batch
         session.state.mask = outcome.mask
         if session.token:
-            session.last = Answered(frame.request, frame.position, outcome.reply)
+            session.last = Answered.of(frame, outcome.reply)
+        self._count_grown(session, step.new)
         return outcome.reply
+
+    def _count_grown(self, session: Session, new: int) -> None:
+        """Reserve what a cache was seen to take, where that was not known before.
+
+        Where it does not fit, the session ends: its memory is taken already.
+        """
+        state = session.state
+        crossed = state.length // BLOCK != (state.length - new) // BLOCK
+        if state.contract.kv_bytes is not None or not (crossed or not state.reserved):
+            return
+        taken = int(getattr(state.cache, "allocated_nbytes", 0))
+        try:
+            self._memory.grow(session.managed, taken - state.reserved)
+        except NoMemoryError:
+            session.ending = session.ending or CloseReason.EVICTED
+        else:
+            state.reserved = max(taken, state.reserved)
 
     async def _forward(self, session: Session, step: Step) -> Outcome:
         """Run a step when its turn comes; what the model raises is for the log alone."""
@@ -456,6 +502,21 @@ class SessionTable:
         if wanted > state.reserved:
             self._memory.grow(managed, wanted - state.reserved)
             state.reserved = wanted
+
+    def _reserve_rows(self, session: Session, rows: int) -> None:
+        """Reserve what a cache of so many rows will take.
+
+        Raises:
+            NoMemoryError: It does not fit.
+        """
+        state = session.state
+        if state.contract.kv_bytes is not None:
+            self._reserve(session.managed, state, rows, state.length)
+            return
+        taken = int(getattr(state.cache, "allocated_nbytes", 0))
+        wanted = taken // (state.batch or 1) * rows
+        self._memory.grow(session.managed, wanted - state.reserved)
+        state.reserved = max(wanted, state.reserved)
 
     def _gone(self, session: Session) -> ModelUnavailableError:
         """Let a session end for want of its model."""
@@ -482,9 +543,17 @@ class SessionTable:
 
     def _place(self, owner: SessionOwner, managed: AsyncManagedModel, state: State) -> Session:
         """Make a session, and put it into the table."""
-        batcher = self._batchers.take(managed)
-        session = Session(self._new_id(), owner, managed, batcher, state, self._clock())
-        session.hold = managed.hold(partial(self._model_goes, session))
+        try:
+            batcher = self._batchers.take(managed)
+            session = Session(self._new_id(), owner, managed, batcher, state, self._clock())
+            try:
+                session.hold = managed.hold(partial(self._model_goes, session))
+            except BaseException:
+                self._batchers.give_back(managed)
+                raise
+        except BaseException:
+            self._memory.give_back(managed, state.reserved)
+            raise
         self._add(session)
         return session
 
@@ -522,6 +591,12 @@ class SessionTable:
     def _all(self) -> list[Session]:
         """Return the sessions as they are now, because ending one changes the table."""
         return list(self._sessions.values())
+
+
+def _check_still_there(session: Session, owner: SessionOwner) -> None:
+    """Refuse to open something for a connection that is gone."""
+    if session.ending is not None or session.owner is not owner:
+        raise UnknownSessionError("whoever asked for it is gone")
 
 
 class _Nobody:

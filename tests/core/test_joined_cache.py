@@ -150,3 +150,12 @@ def _prompt(trunk: SplitModel, given: HiddenState) -> PartCache:
 
 def _fails(*_: Any) -> None:
     raise ArithmeticError("in the middle")
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_rotary_embeddings_that_depend_on_the_longest_are_not_shared(kind: str) -> None:
+    trunk = load_ends("phi3")[1]
+    assert joinable(trunk).steps
+    trunk.config.rope_parameters = {"rope_type": kind, "rope_theta": 10000.0}
+
+    assert joinable(trunk)[:2] == (False, False)

@@ -51,6 +51,7 @@ class Bench:
     """Sessions of one model, whose thread a test can hold."""
 
     manager: AsyncModelManager
+    loader: OnePart
     table: SessionTable
     forwards: Forwards
     given: dict[Session, list[HiddenState]] = field(default_factory=dict)
@@ -81,9 +82,9 @@ class Bench:
         assert wire is not None
         return tensor_from_wire(wire)
 
-    async def hold(self) -> threading.Event:
-        """Hold the model's thread until the event is set."""
-        managed = await self.manager.get_model("trunk")
+    async def hold(self, model_id: str = "trunk") -> threading.Event:
+        """Hold a model's thread until the event is set."""
+        managed = await self.manager.get_model(model_id)
         assert managed is not None
         gate, held = threading.Event(), asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -103,8 +104,9 @@ class Bench:
 
 @pytest.fixture(params=[BatchLimits(rows=8, piece=16)])
 async def bench(request: Any, trunk: SplitModel) -> AsyncIterator[Bench]:
+    loader = OnePart(trunk)
     manager = AsyncModelManager(
-        ResourceManager(memory_limit=1000), loader=OnePart(trunk), single_threaded=False
+        ResourceManager(memory_limit=1 << 30), loader=loader, single_threaded=False
     )
     forwards = Forwards()
     async with manager:
@@ -113,7 +115,7 @@ async def bench(request: Any, trunk: SplitModel) -> AsyncIterator[Bench]:
             manager, max_sessions=8, idle_timeout=60, metrics=forwards, limits=request.param
         )
         async with table:
-            yield Bench(manager, table, forwards)
+            yield Bench(manager, loader, table, forwards)
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
@@ -317,3 +319,31 @@ async def _queued(bench: Bench, steps: list[asyncio.Task[torch.Tensor]]) -> None
     del bench
     for _ in range(4 * len(steps)):
         await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "falcon_h1", "qwen3_next"])
+@pytest.mark.parametrize("bench", [BatchLimits(rows=8, piece=16)], indirect=True)
+async def test_states_are_each_sessions_own(bench: Bench, model_type: str) -> None:
+    """Recurrent states are stacked and given back; one of the sessions is another's fork."""
+    part = load_ends(model_type)[1]
+    bench.loader.part = part
+    await bench.manager.load_model(trunk_config("other"))
+    sessions = [await bench.table.open(Owner(), "other") for _ in range(2)]
+    for number, session in enumerate(sessions):
+        await bench.start(session, hidden(3 + number, seed=number))
+    bench.table.claim(sessions[0].owner, sessions[0].id)
+    fork = await bench.table.fork(sessions[0])
+    bench.table.release(sessions[0])
+    bench.given[fork] = list(bench.given[sessions[0]])
+    sessions.append(fork)
+    bench.forwards.rows.clear()
+
+    for turn in range(3):
+        gate = await bench.hold("other")
+        steps = [bench.start(s, hidden(1, seed=10 * turn + n)) for n, s in enumerate(sessions)]
+        await _queued(bench, steps)
+        gate.set()
+        for session, output in zip(sessions, await asyncio.gather(*steps), strict=True):
+            assert close(output, bench.expected(part, session)[-1])
+
+    assert bench.forwards.rows == [3, 3, 3]

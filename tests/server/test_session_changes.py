@@ -50,8 +50,10 @@ class Naps:
 class Bench:
     """A table of two sessions of one part."""
 
-    def __init__(self, table: SessionTable, part: SplitModel, naps: Naps) -> None:
-        self.table, self.part, self.naps = table, part, naps
+    def __init__(
+        self, manager: AsyncModelManager, table: SessionTable, part: SplitModel, naps: Naps
+    ) -> None:
+        self.manager, self.table, self.part, self.naps = manager, table, part, naps
         self._request = 0
 
     async def open(self, **wishes: Any) -> Session:
@@ -111,7 +113,7 @@ async def bench(request: Any) -> AsyncIterator[Bench]:
             metrics=Metrics(),
             sleep=naps.sleep,
         ) as table:
-            yield Bench(table, part, naps)
+            yield Bench(manager, table, part, naps)
         del loader.part, part
 
 
@@ -313,3 +315,50 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
 
 def encode_of(frame: Frame) -> list[tuple[Any, bytes]]:
     return [(tensor.name, bytes(tensor.data)) for tensor in frame.tensors]
+
+
+async def test_only_the_same_request_is_answered_again(bench: Bench) -> None:
+    """Numbers alone don't tell: a client may give the same to all of its requests."""
+    session = await bench.open(resume=True)
+    first, second = hidden(5, rows=2), hidden(1, rows=2, seed=3)
+    await bench.ask(session, bench.frame(session, first, request=7))
+    for rows in ([1, 0], [1, 1]):
+        frame = Frame(Kind.REORDER, 7, session.id, info={"rows": rows})
+        assert (await bench.ask(session, frame)).kind is Kind.DONE
+        assert (await bench.ask(session, frame)).kind is Kind.DONE
+
+    assert close(await bench.step(session, second), bench.expected(first[[0, 0]], second))
+
+
+async def test_a_fork_whose_client_has_gone_is_not_made(bench: Bench) -> None:
+    session = await bench.open(resume=True)
+    await bench.step(session, A)
+    bench.table.claim(session.owner, session.id)
+    fork = asyncio.create_task(bench.table.fork(session))
+    await asyncio.sleep(0)
+    bench.table.close_owned(session.owner, lost=True)
+
+    with pytest.raises(UnknownSessionError, match="is gone"):
+        await fork
+    bench.table.release(session)
+    assert len(bench.table) == 1
+
+
+@pytest.mark.parametrize("token", ["\u00e9" * 32])
+async def test_a_token_of_any_letters_is_refused(bench: Bench, token: str) -> None:
+    session = await bench.open(resume=True)
+
+    with pytest.raises(UnknownSessionError, match="to be resumed"):
+        await bench.table.resume(Owner(), session.id, token)
+
+
+@pytest.mark.parametrize("bench", ["mamba"], indirect=True)
+async def test_memory_of_states_is_counted_when_it_is_seen(bench: Bench) -> None:
+    session = await bench.open()
+    before = bench.manager.resource_manager.get_current_usage().reserved_bytes
+    await bench.step(session, A)
+
+    after = bench.manager.resource_manager.get_current_usage().reserved_bytes
+    assert after - before == session.state.cache.allocated_nbytes > 0
+    bench.table.close(session, CloseReason.CLOSED)
+    assert bench.manager.resource_manager.get_current_usage().reserved_bytes == before
