@@ -35,7 +35,7 @@ Url = Annotated[str, typer.Option(help="The daemon's address.")]
 TokenFile = Annotated[Path | None, typer.Option(help="File with the daemon's token.")]
 TokenEnv = Annotated[str | None, typer.Option(help="Environment variable with it, instead.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Wait = Annotated[bool, typer.Option(" /--no-wait", help="Return at once.")]
+Wait = Annotated[bool, typer.Option(" /--no-wait", help="Return at once.", show_default=False)]
 
 
 @app.command("list")
