@@ -7,8 +7,8 @@ that waits has its turn: so none waits longer than one piece.
     a round:  one forward of all steps that wait together  ->  one piece of one prompt
 
 After a forward its clients need a moment before they send their next steps.  The batcher waits for
-them, but for a small share of what a forward takes: what came in the last two forwards is expected
-in the next.
+them, but for a small share of what a forward takes.  How long, and how much of a prompt is a piece,
+is for `pace` to say.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import time
 from collections import Counter, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+from splitlearn_manager.serving.pace import Pace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,16 +31,6 @@ if TYPE_CHECKING:
 
 LONGEST_TOGETHER = 16
 """Positions up to which a step shares a forward: a token, or a few that are checked at once."""
-
-SHORTEST_PIECE = 16
-"""Positions; a shorter piece would cost as much time."""
-
-WAITING_SHARE = 0.25
-LONGEST_WAIT = 0.02
-"""How long to wait for clients that are expected: a share of the last forward, and seconds."""
-
-RECENT = 2.0
-"""Seconds after which a forward says nothing any more of who else is there."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +111,7 @@ class Batcher:
         self._steps: deque[_Job] = deque()
         self._prompts: deque[_Job] = deque()
         self._arrived = asyncio.Event()
-        self._last: deque[frozenset[int]] = deque(maxlen=2)  # whose steps were in a forward
-        self._ended = 0.0
-        self._seconds = 0.0
-        self._per_position = 0.0
+        self._pace = Pace(limits.piece)
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -191,9 +180,8 @@ class Batcher:
             await self._arrival()
         if self._prompts:
             return
-        window = min(self._seconds * WAITING_SHARE, LONGEST_WAIT)
-        left = self._ended + window - self._clock()
-        expected = min(len(frozenset().union(*self._last)), self._limits.rows)
+        left = self._pace.patience(self._clock())
+        expected = min(self._pace.stepping, self._limits.rows)
         try:
             async with asyncio.timeout(max(left, 0)):
                 while len(self._steps) < expected and left > 0 and not self._prompts:
@@ -231,16 +219,13 @@ class Batcher:
         return None
 
     def _piece(self, job: _Job) -> int:
-        """Return how many positions of a prompt to run now.
-
-        While others take steps, a piece should take about as long as one of theirs.
-        """
+        """Return how many positions of a prompt to run now."""
+        left = job.new - job.work.done
         if not self._joinable.chunks or self._limits.rows == 1:
-            return job.new
-        if self._clock() - self._ended > RECENT or not self._per_position:
-            return self._limits.piece
-        fair = int(self._seconds / self._per_position / job.rows)
-        return min(max(fair, SHORTEST_PIECE), self._limits.piece)
+            return left
+        others = (other.new - other.work.done for other in self._prompts)
+        short = 1 + sum(positions <= self._limits.piece for positions in others)
+        return self._pace.piece(left, job.rows, short, self._clock())
 
     # --- Forwards --------------------------------------------------------------------------
 
@@ -254,18 +239,17 @@ class Batcher:
             outcomes = await self._managed.run(_together, self._managed, works, masked=masked)
         except Exception as error:  # noqa: BLE001 - it is the answer to all of them
             outcomes = [error for _ in jobs]
-        self._ended = self._clock()
-        self._seconds = self._ended - began
-        self._last.append(frozenset(id(work.state) for work in works))
+        ended = self._clock()
+        self._pace.steps_ran(frozenset(id(work.state) for work in works), ended - began, ended)
         rows = sum(job.rows for job in jobs if not job.work.dropped)
-        self._metrics.forward(self._managed.model_id, rows, self._seconds)
+        self._metrics.forward(self._managed.model_id, rows, ended - began)
         for job, outcome in zip(jobs, outcomes, strict=True):
             _settle(job, outcome)
 
     async def _run_prompt(self, job: _Job) -> None:
         """Run a piece of a prompt; answer it, or let it wait for its next turn."""
         began = self._begin([job])
-        most = min(self._piece(job), job.new)
+        most = self._piece(job)
         outcome: Outcome | Exception | None
         try:
             outcome = await self._managed.run(_piece, self._managed, job.work, most)
@@ -273,7 +257,7 @@ class Batcher:
             outcome = error
         seconds = self._clock() - began
         if not isinstance(outcome, Exception):
-            self._per_position = seconds / (most * job.rows)
+            self._pace.piece_ran(most * job.rows, seconds)
         self._metrics.forward(self._managed.model_id, job.rows, seconds)
         if outcome is None:
             self._prompts.append(job)

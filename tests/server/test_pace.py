@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from splitlearn_manager.serving.pace import (
+    LONGEST_WAIT,
+    PIECE_SHARE,
+    RECENT,
+    SHORTEST_PIECE,
+    WAITING_SHARE,
+    Pace,
+)
+
+CHUNK = 512
+NOW = 100.0
+
+
+def pace(stepping: int, seconds: float = 0.3, per_position: float = 0.005) -> Pace:
+    """Return the pace of a model that so many step, and that ran a prompt's piece before."""
+    found = Pace(CHUNK)
+    found.piece_ran(100, 100 * per_position)
+    found.steps_ran(frozenset(range(stepping)), seconds, ended=NOW)
+    return found
+
+
+def test_a_prompt_beside_steps_takes_a_share_of_their_time() -> None:
+    assert pace(8).piece(8192, 1, 0, NOW) == int(PIECE_SHARE * 0.3 / 0.005)
+
+
+def test_the_rows_of_a_prompt_share_the_time() -> None:
+    assert pace(8).piece(8192, 3, 0, NOW) == int(PIECE_SHARE * 0.3 / 0.005 / 3)
+
+
+def test_a_piece_is_never_too_short_to_pay() -> None:
+    assert pace(8, seconds=0.001).piece(8192, 1, 0, NOW) == SHORTEST_PIECE
+
+
+def test_a_piece_is_no_longer_than_what_is_left_or_a_chunk() -> None:
+    assert pace(8).piece(7, 1, 1, NOW) == 7
+    assert pace(8, seconds=60).piece(8192, 1, 0, NOW) == CHUNK
+
+
+def test_with_nobody_beside_it_a_prompt_runs_in_chunks() -> None:
+    assert Pace(CHUNK).piece(8192, 1, 0, NOW) == CHUNK
+    assert pace(8).piece(8192, 1, 0, NOW + RECENT + 0.1) == CHUNK
+
+
+def test_steps_that_take_long_are_remembered_for_longer() -> None:
+    slow = pace(8, seconds=2, per_position=0.1)
+    assert slow.piece(8192, 1, 0, NOW + 2 * RECENT - 0.1) == int(PIECE_SHARE * 2 / 0.1)
+    assert slow.piece(8192, 1, 0, NOW + 2 * RECENT + 0.1) == CHUNK
+
+
+def test_the_first_piece_of_a_model_is_a_chunk() -> None:
+    fresh = Pace(CHUNK)
+    fresh.steps_ran(frozenset({1}), 0.3, ended=NOW)
+    assert fresh.piece(128, 1, 1, NOW) == 128
+
+
+def test_short_prompts_come_first_while_most_wait_with_one() -> None:
+    assert pace(3).piece(128, 1, 4, NOW) == 128
+    assert pace(4).piece(128, 1, 4, NOW) == int(PIECE_SHARE * 0.3 / 0.005)
+
+
+def test_a_long_prompt_does_not_come_first_however_many_wait() -> None:
+    assert pace(1).piece(CHUNK + 1, 1, 9, NOW) == int(PIECE_SHARE * 0.3 / 0.005)
+
+
+def test_those_of_the_last_two_forwards_are_expected() -> None:
+    found = pace(2)
+    found.steps_ran(frozenset({1, 7}), 0.3, NOW)
+    assert found.stepping == 3
+    found.steps_ran(frozenset({7}), 0.3, NOW)
+    assert found.stepping == 2
+
+
+def test_patience_is_a_share_of_a_forward() -> None:
+    assert round(pace(1, seconds=0.01).patience(NOW), 9) == 0.01 * WAITING_SHARE
+    assert round(pace(1, seconds=60).patience(NOW), 9) == LONGEST_WAIT
+    assert pace(1).patience(NOW + 1) < 0
