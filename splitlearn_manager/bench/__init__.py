@@ -29,7 +29,8 @@ BENCHMARKS = {
     ),
     "manager": Benchmark("splitlearn_manager.bench.manager", ("lock", "lag", "infer", "list")),
     "serve": Benchmark(
-        "splitlearn_manager.bench.serve", ("streams", "many", "prompt", "echo", "idle")
+        "splitlearn_manager.bench.serve",
+        ("streams", "packed", "many", "prompt", "echo", "idle", "cache"),
     ),
     "quantization": Benchmark("splitlearn_manager.bench.quantization", ("trunk", "demo")),
 }

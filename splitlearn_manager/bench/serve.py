@@ -7,31 +7,53 @@ its rounds' ratios.
 
 from __future__ import annotations
 
-import json
 import logging
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import IO, Any
+from typing import Any
 
+from splitlearn_core.growing_layer import BLOCK
 from splitlearn_manager.bench.checkpoints import QWEN2_0_5B, QWEN2_TINY, BenchCheckpoint
-from splitlearn_manager.bench.errors import BenchError
 from splitlearn_manager.bench.report import Report, Row
 from splitlearn_manager.bench.serve_client import percentile
+from splitlearn_manager.bench.serve_processes import ask, process_of, reference, started
 
 logger = logging.getLogger(__name__)
 
-_SERVER = "splitlearn_manager.bench.serve_server"
-_CLIENT = "splitlearn_manager.bench.serve_client"
 _MS = 1e3
 _KB = 1e3
-_STOP_SECONDS = 60
 _ECHO_WIDTH = 3584
 _SMALL_ECHO, _LARGE_ECHO = 1, 512
+
+
+@dataclass(frozen=True)
+class Kind:
+    """In which form a part is served.
+
+    Attributes:
+        dtype: Of its values.
+        quantization: How its linear layers are packed, if they are.
+    """
+
+    dtype: str
+    quantization: str | None = None
+
+    def __str__(self) -> str:
+        return f"`{self.quantization}` {self.dtype}" if self.quantization else self.dtype
+
+
+AS_IT_IS = Kind("bfloat16")
+AS_IT_IS_TARGETS = ((8, 0.9), (1, 0.95))
+PACKED_TARGETS: tuple[tuple[Kind, tuple[tuple[int, float | None], ...]], ...] = (
+    (Kind("bfloat16", "prepacked"), ((8, 1.2), (1, 1.4))),
+    (Kind("float32", "prepacked"), ((8, None), (1, None))),
+    (Kind("float32", "fp16"), ((8, None), (1, 2.5))),
+    (Kind("float32", "int8"), ((8, 2.5), (1, 2.5))),
+)
+"""Kind -> clients, and how many times as fast as a static batch of the plain part it should be."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +71,8 @@ class _Scale:
         echoes: Steps without a model, small and large.
         idle: Sessions that do nothing.
         cycles: Sessions that are opened and closed.
+        holders: Sessions whose caches are measured, and one to begin with.
+        held: Positions that each of them holds.
         promised: Whether the targets are meant for this size.
     """
 
@@ -62,16 +86,17 @@ class _Scale:
     echoes: tuple[int, int] = (2000, 60)
     idle: int = 2000
     cycles: int = 10_000
+    holders: int = 17
+    held: int = 2000
     promised: bool = True
 
-    def target(self, value: float) -> float | None:
+    def target(self, value: float | None) -> float | None:
         """Return a target, where the size is the one that it was promised for."""
         return value if self.promised else None
 
-    @property
-    def hidden(self) -> list[Any]:
-        """Width and dtype of the hidden states."""
-        return [self.checkpoint.shape.settings["hidden_size"], "bfloat16"]
+    def hidden(self, kind: Kind) -> list[Any]:
+        """Return width and dtype of the hidden states."""
+        return [self.checkpoint.shape.settings["hidden_size"], kind.dtype]
 
     @property
     def model(self) -> dict[str, Any]:
@@ -81,7 +106,7 @@ class _Scale:
     @property
     def trunk(self) -> str:
         """The part, in words."""
-        return f"Trunk [{self.points[0]}, {self.points[1]}) of {self.checkpoint.shape.name}, bf16"
+        return f"Trunk [{self.points[0]}, {self.points[1]}) of {self.checkpoint.shape.name}"
 
 
 def run(work_dir: Path, groups: Sequence[str], *, quick: bool) -> Report:
@@ -98,7 +123,7 @@ def run(work_dir: Path, groups: Sequence[str], *, quick: bool) -> Report:
     scale = _Scale(BenchCheckpoint(QWEN2_0_5B, 1, work_dir))
     if quick:
         tiny = BenchCheckpoint(QWEN2_TINY, 1, work_dir)
-        scale = _Scale(tiny, (2, 4), 8, 4, 1, 64, 2, (20, 2), 40, 40, promised=False)
+        scale = _Scale(tiny, (2, 4), 8, 4, 1, 64, 2, (20, 2), 40, 40, 3, 64, promised=False)
     scale.checkpoint.make()
     rows: list[Row] = []
     for group in groups:
@@ -109,58 +134,92 @@ def run(work_dir: Path, groups: Sequence[str], *, quick: bool) -> Report:
 
 def _streams(scale: _Scale) -> list[Row]:
     """Return the rows of 8 clients and of 1, against a static batch in one process."""
-    return [_against_static(scale, sessions, target) for sessions, target in ((8, 0.9), (1, 0.95))]
+    return [
+        _against_static(scale, sessions, target, AS_IT_IS) for sessions, target in AS_IT_IS_TARGETS
+    ]
 
 
-def _against_static(scale: _Scale, sessions: int, target: float) -> Row:
-    """Return how many positions come in a second, as a share of what the part alone gives."""
+def _packed(scale: _Scale) -> list[Row]:
+    """Return the same rows of a Trunk with packed layers, against the plain part's batch."""
+    return [
+        _against_static(scale, sessions, target, kind)
+        for kind, targets in PACKED_TARGETS
+        for sessions, target in targets
+    ]
+
+
+def _against_static(scale: _Scale, sessions: int, target: float | None, kind: Kind) -> Row:
+    """Return how many positions come in a second, as a share of what the plain part alone gives."""
     work = {"prompt": scale.prompt, "new": scale.new}
-    ratios, rates = [], []
+    ratios, rates, own = [], [], []
     for number in range(scale.rounds):
-        alone = _task("static", {**scale.model, "batch": sessions, **work})["seconds"]
-        with _daemon(scale, sessions) as url:
-            served = _ask("streams", url=url, hidden=scale.hidden, sessions=sessions, **work)
+        alone = _static(scale, AS_IT_IS, sessions)
+        own.append(alone / _static(scale, kind, sessions) if kind.quantization else 1)
+        with _daemon(scale, sessions, kind) as url:
+            served = ask("streams", url=url, hidden=scale.hidden(kind), sessions=sessions, **work)
         ratios.append(alone / served["seconds"])
         rates.append(sessions * scale.new / alone)
-        logger.info("%d sessions, round %d: %.2f of static", sessions, number + 1, ratios[-1])
+        logger.info("%s, %d clients, round %d: %.2f", kind, sessions, number + 1, ratios[-1])
+    plain = f", one of plain {kind.dtype} {median(own):.2f} times as many"
     return Row(
-        f"{scale.trunk}, {sessions} clients: positions a second, of a static batch",
+        f"{scale.trunk}, {kind}, {sessions} clients: positions a second, of a static batch of"
+        f" plain {AS_IT_IS.dtype}",
         median(ratios),
         "x",
         ">=",
         scale.target(target),
         note=(
             f"prompt {scale.prompt}, {scale.new} new positions each, prompts included; the static"
-            f" batch gives {median(rates):.1f} positions a second; median of {scale.rounds} rounds"
+            f" batch gives {median(rates):.1f} positions a second{plain * bool(kind.quantization)};"
+            f" median of {scale.rounds} rounds"
         ),
     )
 
 
+def _static(scale: _Scale, kind: Kind, sessions: int) -> float:
+    """Return the seconds of a static batch of the plain part in this dtype."""
+    work = {"batch": sessions, "prompt": scale.prompt, "new": scale.new, "dtype": kind.dtype}
+    return float(reference("static", {**scale.model, **work})["seconds"])
+
+
 def _many(scale: _Scale) -> list[Row]:
     """Return the rows of many sessions against few."""
-    gains, tails = [], []
+    gains, tails, own = [], [], []
     work = {"prompt": scale.prompt, "new": scale.new}
-    for _ in range(scale.rounds):
-        rates = {}
+    for number in range(scale.rounds):
+        rates, alone = {}, {}
         for sessions in (8, 32):
-            with _daemon(scale, sessions) as url:
-                served = _ask("streams", url=url, hidden=scale.hidden, sessions=sessions, **work)
+            alone[sessions] = sessions / _static(scale, AS_IT_IS, sessions)
+            with _daemon(scale, sessions, AS_IT_IS) as url:
+                served = ask(
+                    "streams", url=url, hidden=scale.hidden(AS_IT_IS), sessions=sessions, **work
+                )
             rates[sessions] = sessions / served["seconds"]
         gains.append(rates[32] / rates[8])
+        own.append(alone[32] / alone[8])
         tails.append(percentile(served["steps"], 99) / percentile(served["steps"], 50))
+        logger.info("round %d: %.2f, static %.2f", number + 1, gains[-1], own[-1])
     return [
-        Row("32 sessions against 8: throughput", median(gains), "x", ">=", scale.target(1.8)),
+        Row(
+            "32 sessions against 8: throughput",
+            median(gains),
+            "x",
+            ">=",
+            scale.target(1.8),
+            median(own),
+            note="compared with what a static batch of the part gains from 8 to 32",
+        ),
         Row("32 sessions: p99 of a step over p50", median(tails), "x", "<=", scale.target(4)),
     ]
 
 
 def _prompt(scale: _Scale) -> list[Row]:
     """Return the row of steps while a long prompt comes."""
-    with _daemon(scale, 9) as url:
-        served = _ask(
+    with _daemon(scale, 9, AS_IT_IS) as url:
+        served = ask(
             "beside",
             url=url,
-            hidden=scale.hidden,
+            hidden=scale.hidden(AS_IT_IS),
             sessions=8,
             prompt=scale.prompt,
             long_prompt=scale.long_prompt,
@@ -187,12 +246,12 @@ def _echo(scale: _Scale) -> list[Row]:
     """Return the rows of a step without a model, against a bare stream."""
     hidden = [_ECHO_WIDTH, "bfloat16"]
     with (
-        _started("raw", {}) as port,
-        _started("echo", {"hidden_size": _ECHO_WIDTH, "server": {"log_level": "error"}}) as url,
+        started("raw", {}) as port,
+        started("echo", {"hidden_size": _ECHO_WIDTH, "server": {"log_level": "error"}}) as url,
     ):
-        _ask("ready", url=url)
+        ask("ready", url=url)
         small, large = (
-            _ask("echoes", url=url, port=int(port), hidden=hidden, positions=size, times=times)
+            ask("echoes", url=url, port=int(port), hidden=hidden, positions=size, times=times)
             for size, times in zip((_SMALL_ECHO, _LARGE_ECHO), scale.echoes, strict=True)
         )
     raw = percentile(small["raw"], 50)
@@ -217,15 +276,49 @@ def _echo(scale: _Scale) -> list[Row]:
     ]
 
 
+def _cache(scale: _Scale) -> list[Row]:
+    """Return the row of what the KV caches of some sessions take."""
+    settings = scale.checkpoint.shape.settings
+    start = scale.points[0]
+    layers = 2
+    width = settings["hidden_size"] // settings["num_attention_heads"]
+    token = 2 * layers * settings["num_key_value_heads"] * width * 2  # keys and values, bfloat16
+    part = {**scale.model, "points": [start, start + layers], "dtype": AS_IT_IS.dtype}
+    server = {"max_sessions": scale.holders, "log_level": "error"}
+    with process_of("daemon", {**part, "server": server}) as (process, url):
+        ask("ready", url=url)
+        found = ask(
+            "held",
+            url=url,
+            hidden=scale.hidden(AS_IT_IS),
+            sessions=scale.holders - 1,
+            pid=process.pid,
+            prompt=scale.held,
+        )
+    sessions = scale.holders - 1
+    blocks = sessions * BLOCK * token
+    return [
+        Row(
+            f"memory of {sessions} sessions of {scale.held:,} tokens in {layers} layers, less a"
+            " block each: of tokens times bytes a token",
+            (found["bytes"] - blocks) / (sessions * scale.held * token),
+            "x",
+            "<=",
+            scale.target(1.1),
+            note=f"{token:,} bytes a token, blocks of {BLOCK}; anonymous memory of the server",
+        )
+    ]
+
+
 def _idle(scale: _Scale) -> list[Row]:
     """Return the rows of sessions that do nothing."""
     server = {"max_sessions": scale.idle, "log_level": "error"}
-    with _process("daemon", {**scale.model, "server": server}) as (process, url):
-        _ask("ready", url=url)
-        found = _ask(
+    with process_of("daemon", {**scale.model, "server": server}) as (process, url):
+        ask("ready", url=url)
+        found = ask(
             "idle",
             url=url,
-            hidden=scale.hidden,
+            hidden=scale.hidden(AS_IT_IS),
             sessions=scale.idle,
             pid=process.pid,
             cycles=scale.cycles,
@@ -249,79 +342,23 @@ def _idle(scale: _Scale) -> list[Row]:
     ]
 
 
-# --- Processes -----------------------------------------------------------------------------
-
-
 @contextmanager
-def _daemon(scale: _Scale, sessions: int) -> Iterator[str]:
+def _daemon(scale: _Scale, sessions: int, kind: Kind) -> Iterator[str]:
     """Serve the Trunk to so many, and wait until it is there and its pages are."""
     server = {"max_sessions": sessions + 1, "log_level": "error"}
-    with _started("daemon", {**scale.model, "server": server}) as url:
-        _ask("ready", url=url)
-        _ask("streams", url=url, hidden=scale.hidden, sessions=1, prompt=8, new=2)
+    with started("daemon", {**scale.model, **asdict(kind), "server": server}) as url:
+        ask("ready", url=url)
+        ask("streams", url=url, hidden=scale.hidden(kind), sessions=1, prompt=8, new=2)
         yield url
-
-
-@contextmanager
-def _started(task: str, arguments: dict[str, Any]) -> Iterator[str]:
-    """Run a server, and yield its address."""
-    with _process(task, arguments) as (_, address):
-        yield address
-
-
-@contextmanager
-def _process(task: str, arguments: dict[str, Any]) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Run a server, and yield it and its address; it ends with the block."""
-    process = subprocess.Popen(  # noqa: S603 - this very Python, and a module of our own
-        _command(_SERVER, task, arguments),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        try:
-            yield process, _line(process.stdout)
-            if process.stdin is not None:
-                process.stdin.close()
-            process.wait(_STOP_SECONDS)
-        finally:
-            process.kill()
-
-
-def _line(output: IO[str] | None) -> str:
-    line = output.readline().strip() if output is not None else ""
-    if not line:
-        raise BenchError("the server ended before it said where it is")
-    return line
-
-
-def _task(task: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Run the reference, and return what it took."""
-    return _figures(_command(_SERVER, task, arguments))
-
-
-def _ask(task: str, **arguments: Any) -> dict[str, Any]:
-    """Let the clients do a task, and return what they saw."""
-    return _figures(_command(_CLIENT, task, arguments))
-
-
-def _figures(command: list[str]) -> dict[str, Any]:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    if done.returncode:
-        raise BenchError(f"the measured process failed:\n{done.stderr[-2000:]}")
-    figures: dict[str, Any] = json.loads(done.stdout)
-    return figures
-
-
-def _command(module: str, task: str, arguments: dict[str, Any]) -> list[str]:
-    return [sys.executable, "-m", module, task, json.dumps(arguments)]
 
 
 ROWS: dict[str, Callable[[_Scale], list[Row]]] = {
     "streams": _streams,
+    "packed": _packed,
     "many": _many,
     "prompt": _prompt,
     "echo": _echo,
     "idle": _idle,
+    "cache": _cache,
 }
 """What `--rows` can name -> what measures it."""

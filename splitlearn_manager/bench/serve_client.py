@@ -196,6 +196,19 @@ async def idle(url: str, hidden: list[Any], sessions: int, pid: int, cycles: int
     return {"before": before, "held": held, "flat": flat}
 
 
+async def held(url: str, hidden: list[Any], sessions: int, pid: int, prompt: int) -> dict[str, Any]:
+    """Let sessions hold a prompt each."""
+    async with clients(url, 1, _hidden(hidden)) as (client,):
+        # A first one brings what any forward of that size needs.
+        first = await client.open()
+        await client.step(first, 0, prompt)
+        await client.close(first)
+        before = _anonymous(pid)
+        for _ in range(sessions):
+            await client.step(await client.open(), 0, prompt)
+        return {"bytes": _anonymous(pid) - before}
+
+
 async def wait_until_ready(url: str) -> dict[str, Any]:
     """Wait until the daemon has what it should have."""
     deadline = time.monotonic() + READY_SECONDS
@@ -236,6 +249,7 @@ TASKS: dict[str, Callable[..., Coroutine[Any, Any, dict[str, Any]]]] = {
     "beside": beside_a_prompt,
     "echoes": echoes,
     "idle": idle,
+    "held": held,
 }
 
 

@@ -33,10 +33,14 @@ if TYPE_CHECKING:
 
 
 def serve_daemon(
-    model: str, points: list[int], server: dict[str, Any], dtype: str | None = None
+    model: str,
+    points: list[int],
+    server: dict[str, Any],
+    dtype: str | None = None,
+    quantization: str | None = None,
 ) -> None:
     """Serve a Trunk."""
-    part = {"component": "trunk", "split_points": points}
+    part = {"component": "trunk", "split_points": points, "quantization": quantization}
     config = ModelConfig("trunk", model, dtype=dtype, config=part)
     _serve(DaemonConfig(server=ServerConfig(port=0, **server), models=(config,)))
 
