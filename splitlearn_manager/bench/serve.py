@@ -182,6 +182,24 @@ def _static(scale: _Scale, kind: Kind, sessions: int) -> float:
     return float(reference("static", {**scale.model, **work})["seconds"])
 
 
+def _threads(scale: _Scale) -> list[Row]:
+    """Return the rows of a server whose operations have two threads, against one."""
+    work = {"prompt": scale.prompt, "new": scale.new}
+    rows = []
+    for sessions in (8, 1):
+        gains = []
+        for _ in range(scale.rounds):
+            seconds = []
+            for threads in (1, 2):
+                with _daemon(scale, sessions, AS_IT_IS, threads) as url:
+                    hidden = scale.hidden(AS_IT_IS)
+                    served = ask("streams", url=url, hidden=hidden, sessions=sessions, **work)
+                seconds.append(served["seconds"])
+            gains.append(seconds[0] / seconds[1])
+        rows.append(Row(f"`threads: 2` against 1, {sessions} clients", median(gains), "x", ">="))
+    return rows
+
+
 def _many(scale: _Scale) -> list[Row]:
     """Return the rows of many sessions against few."""
     gains, tails, own = [], [], []
@@ -343,9 +361,9 @@ def _idle(scale: _Scale) -> list[Row]:
 
 
 @contextmanager
-def _daemon(scale: _Scale, sessions: int, kind: Kind) -> Iterator[str]:
+def _daemon(scale: _Scale, sessions: int, kind: Kind, threads: int = 1) -> Iterator[str]:
     """Serve the Trunk to so many, and wait until it is there and its pages are."""
-    server = {"max_sessions": sessions + 1, "log_level": "error"}
+    server = {"max_sessions": sessions + 1, "threads": threads, "log_level": "error"}
     with started("daemon", {**scale.model, **asdict(kind), "server": server}) as url:
         ask("ready", url=url)
         ask("streams", url=url, hidden=scale.hidden(kind), sessions=1, prompt=8, new=2)
@@ -355,6 +373,7 @@ def _daemon(scale: _Scale, sessions: int, kind: Kind) -> Iterator[str]:
 ROWS: dict[str, Callable[[_Scale], list[Row]]] = {
     "streams": _streams,
     "packed": _packed,
+    "threads": _threads,
     "many": _many,
     "prompt": _prompt,
     "echo": _echo,
