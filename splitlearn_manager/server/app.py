@@ -84,7 +84,7 @@ def build_app(
             *managing.routes(),
             *EventRoutes(manager, catalogue, stopping).routes(),
             *sessions.routes(),
-            Route("/metrics", _metrics_route(manager, metrics), methods=["GET"]),
+            Route("/metrics", _metrics_route(manager, sessions, metrics), methods=["GET"]),
         ],
         middleware=[
             Middleware(RequestContextMiddleware, metrics=metrics),
@@ -102,7 +102,7 @@ def build_app(
 
 
 def _metrics_route(
-    manager: AsyncModelManager, metrics: Metrics
+    manager: AsyncModelManager, sessions: SessionEndpoint, metrics: Metrics
 ) -> Callable[[Request], Awaitable[Response]]:
     async def show(request: Request) -> Response:
         """Show the metrics, with states and memory as they are now."""
@@ -112,8 +112,9 @@ def _metrics_route(
         for device in manager.resource_manager.devices():
             used = sum(m.resident_bytes for m in models if pool_of(m.device) == device)
             usage = await asyncio.to_thread(manager.resource_manager.get_current_usage, device)
-            metrics.observe_memory(usage, used)
-        return Response(metrics.render(), media_type="text/plain; version=1.0.0; charset=utf-8")
+            metrics.observe_memory(usage, used, sessions.reserved_on(device))
+        text = await asyncio.to_thread(metrics.render)  # caches are measured for it
+        return Response(text, media_type="text/plain; version=1.0.0; charset=utf-8")
 
     return show
 

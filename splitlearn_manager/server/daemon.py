@@ -200,7 +200,9 @@ class Daemon:
             metrics=self.metrics,
             limits=BatchLimits(server.max_batch_size, server.prefill_chunk_size),
         )
-        sessions = SessionEndpoint(manager, table, max_frame_bytes=server.max_frame_bytes)
+        sessions = SessionEndpoint(
+            manager, table, self.metrics, max_frame_bytes=server.max_frame_bytes
+        )
         stopping = asyncio.Event()
         app = build_app(
             manager,

@@ -79,6 +79,9 @@ CODERS = 2
 
 OK, CANCELLED = "ok", "cancelled"
 
+PROTOCOL = "infer"
+"""What these bytes are called in the metrics."""
+
 
 class InferRoutes:
     """The routes, over one manager.
@@ -111,6 +114,7 @@ class InferRoutes:
         self._coders = asyncio.Semaphore(CODERS)
         self._signatures: WeakKeyDictionary[AsyncManagedModel, Signature] = WeakKeyDictionary()
         self.places = Places(max_queue_size)
+        metrics.follow_requests(self.places.taken)
 
     def routes(self) -> list[Route]:
         """Return the routes."""
@@ -151,6 +155,7 @@ class InferRoutes:
             else:
                 self._count(exchange, OK)
                 await send_answer(answer, scope, send)
+                self._metrics.sent(model_id, PROTOCOL, answer.length)
 
     @contextmanager
     def _counted(self, exchange: _Exchange) -> Iterator[None]:
@@ -173,11 +178,16 @@ class InferRoutes:
             return
         exchange.counted = True
         self._metrics.inference(exchange.model_id, code)
-        statistics = self._statistics.of(exchange.model_id)
         if exchange.stages is not None and code == OK:
-            statistics.succeeded(exchange.age(), exchange.stages)
+            self._succeeded(exchange.model_id, exchange.age(), exchange.stages)
         else:
-            statistics.failed(exchange.age())
+            self._statistics.of(exchange.model_id).failed(exchange.age())
+
+    def _succeeded(self, model_id: str, age: int, stages: Stages) -> None:
+        """Count how long a request took, in nanoseconds here and in seconds for the metrics."""
+        self._statistics.of(model_id).succeeded(age, stages)
+        seconds = (age / 1e9, stages.queue / 1e9, stages.compute_infer / 1e9)
+        self._metrics.inferred(model_id, stages.tokens, *seconds)
 
     async def _answer(self, exchange: _Exchange) -> Response | None:
         """Return the answer to a request; `None` if the client goes away before there is one."""
@@ -185,6 +195,7 @@ class InferRoutes:
             body = await whole_body(exchange.request, self._limit)
         except ClientDisconnect:
             return None
+        self._metrics.received(exchange.model_id, PROTOCOL, len(body))
         work = asyncio.create_task(self._work(exchange, body))
         del body
         return await unless_gone(work, exchange.request.receive)
@@ -205,6 +216,7 @@ class InferRoutes:
         response = await self._code(short, _write, exchange.model_id, request.id, result, answering)
         exchange.stages = Stages(
             rows=job.batch,
+            tokens=job.tokens,
             queue=result.began - queued,
             compute_input=read - begun + result.input_ns,
             compute_infer=result.infer_ns,

@@ -43,12 +43,16 @@ if TYPE_CHECKING:
     from starlette.websockets import WebSocket
 
     from splitlearn_manager.core.async_model_manager import AsyncModelManager
+    from splitlearn_manager.observability import Metrics
     from splitlearn_manager.serving.session import Session
     from splitlearn_manager.serving.sessions import SessionTable
 
 logger = logging.getLogger(__name__)
 
 PATH = "/v2/models/{model}/sessions"
+
+PROTOCOL = "sessions"
+"""What these bytes are called in the metrics."""
 
 MAX_ERROR_TEXT = 1000
 
@@ -68,14 +72,21 @@ class SessionEndpoint:
     Args:
         manager: Whose models are served.
         table: Where the sessions are.
+        metrics: Who counts the bytes.
         max_frame_bytes: Longest message that the server reads; clients are told.
     """
 
     def __init__(
-        self, manager: AsyncModelManager, table: SessionTable, *, max_frame_bytes: int
+        self,
+        manager: AsyncModelManager,
+        table: SessionTable,
+        metrics: Metrics,
+        *,
+        max_frame_bytes: int,
     ) -> None:
         self._manager = manager
         self._table = table
+        self._metrics = metrics
         self._max_frame_bytes = max_frame_bytes
         self._connections: set[_Connection] = set()
         self._draining = False
@@ -85,6 +96,10 @@ class SessionEndpoint:
     def routes(self) -> list[BaseRoute]:
         """Return the routes: the WebSocket, and a word to who comes with plain HTTP."""
         return [WebSocketRoute(PATH, self.connect), Route(PATH, _upgrade_required)]
+
+    def reserved_on(self, device: str) -> int:
+        """Return the bytes that the caches of sessions have reserved on a device."""
+        return self._table.reserved_on(device)
 
     async def connect(self, websocket: WebSocket) -> None:
         """Serve one connection to its end.
@@ -97,7 +112,9 @@ class SessionEndpoint:
         model_id = websocket.path_params["model"]
         await self._check(model_id, websocket.scope["subprotocols"])
         await websocket.accept(subprotocol=SUBPROTOCOL)
-        connection = _Connection(websocket, self._table, model_id, self._max_frame_bytes)
+        connection = _Connection(
+            websocket, self._table, self._metrics, model_id, self._max_frame_bytes
+        )
         self._connections.add(connection)
         self._vacant.clear()
         try:
@@ -146,10 +163,16 @@ class _Connection:
     """One client's connection: reads its frames in order, and owns the tasks that answer steps."""
 
     def __init__(
-        self, websocket: WebSocket, table: SessionTable, model_id: str, max_frame_bytes: int
+        self,
+        websocket: WebSocket,
+        table: SessionTable,
+        metrics: Metrics,
+        model_id: str,
+        max_frame_bytes: int,
     ) -> None:
         self._websocket = websocket
         self._table = table
+        self._metrics = metrics
         self._model_id = model_id
         self._max_frame_bytes = max_frame_bytes
         self._tasks = asyncio.TaskGroup()
@@ -196,6 +219,7 @@ class _Connection:
 
     async def _handle(self, message: bytes) -> None:
         """Answer one frame, or start the task that will."""
+        self._metrics.received(self._model_id, PROTOCOL, len(message))
         try:
             frame = decode(message)
         except WireError as error:
@@ -203,6 +227,7 @@ class _Connection:
             if not error.header_ok:
                 await self._close(CLOSE_PROTOCOL_ERROR, "unreadable frame header")
             return
+        self._table.note_received(self, frame.session, len(message))
         try:
             await self._dispatch(frame)
         except ManagerError as error:
@@ -289,6 +314,7 @@ class _Connection:
         except ManagerError as error:
             await self._send_refusal(frame, error)
         else:
+            session.sent += len(reply)
             await self._send(reply)
 
     # --- Frames that go --------------------------------------------------------------------
@@ -319,6 +345,7 @@ class _Connection:
             return
         try:
             await self._websocket.send_bytes(message)
+            self._metrics.sent(self._model_id, PROTOCOL, len(message))
         except WebSocketDisconnect:
             self._gone = True  # the reader finds out too, and ends the connection
 

@@ -143,6 +143,11 @@ class Batcher:
             job.answer.cancel()
         return self._task
 
+    @property
+    def waiting(self) -> int:
+        """Steps that wait for their turn, or for that of their next piece."""
+        return len(self._steps) + len(self._prompts)
+
     async def run(self, state: State, step: Step) -> Outcome:
         """Run a step when its turn comes.
 
@@ -328,6 +333,13 @@ class Batchers:
             task = self._running.pop(managed).stop()
             self._ending.add(task)
             task.add_done_callback(self._ending.discard)
+
+    def waiting(self) -> Counter[str]:
+        """Return how many steps of each model wait for their turn; in any thread."""
+        waiting: Counter[str] = Counter()
+        for managed, batcher in tuple(self._running.items()):
+            waiting[managed.model_id] += batcher.waiting
+        return waiting
 
     async def ended(self) -> None:
         """Wait for the batchers that were stopped."""

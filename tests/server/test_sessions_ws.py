@@ -432,7 +432,7 @@ async def test_a_client_that_does_not_read_is_not_read_either(manager: Any, fram
     async with SessionTable(
         manager, max_sessions=100, idle_timeout=300, metrics=Metrics()
     ) as table:
-        endpoint = SessionEndpoint(manager, table, max_frame_bytes=1024)
+        endpoint = SessionEndpoint(manager, table, Metrics(), max_frame_bytes=1024)
         serving = asyncio.create_task(endpoint.connect(websocket))
         await until(lambda: len(peer.sent) == 2)
 
