@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 LogFormat = Literal["text", "json"]
 
+ACCESS_LOG = "splitlearn.access"
+"""The logger that has a line for each request and session."""
+
 LOAD_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800)
 AGE_BUCKETS = (1, 10, 60, 300, 1800, 3600, 6 * 3600, 24 * 3600, 7 * 24 * 3600)
 LAG_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
@@ -394,12 +397,18 @@ class _TextFormatter(logging.Formatter):
         return f"{line} [{' '.join(ids)}]" if ids else line
 
 
-def configure_logging(level: str, format: LogFormat = "text") -> None:  # noqa: A002 - as in YAML
+def configure_logging(
+    level: str,
+    format: LogFormat = "text",  # noqa: A002 - as in YAML
+    *,
+    access_log: bool = False,
+) -> None:
     """Let the process log to stderr; for whoever owns the process, never for a library.
 
     Args:
         level: `debug`, `info`, `warning`, `error` or `critical`.
         format: `text` for people, `json` for one object per line.
+        access_log: Whether the access log is written, at whatever level.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(RequestIdFilter())
@@ -407,3 +416,4 @@ def configure_logging(level: str, format: LogFormat = "text") -> None:  # noqa: 
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    logging.getLogger(ACCESS_LOG).setLevel(logging.INFO if access_log else logging.NOTSET)

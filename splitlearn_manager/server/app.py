@@ -31,9 +31,11 @@ if TYPE_CHECKING:
 
     from splitlearn_manager.core.async_model_manager import AsyncModelManager
     from splitlearn_manager.observability import Metrics
+    from splitlearn_manager.server.access_log import AccessLog
     from splitlearn_manager.server.catalogue import Catalogue
     from splitlearn_manager.server.readiness import Readiness
     from splitlearn_manager.server.sessions_ws import SessionEndpoint
+    from splitlearn_manager.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,8 @@ def build_app(
     stopping: asyncio.Event,
     max_body_bytes: int,
     max_queue_size: int,
+    access_log: AccessLog | None = None,
+    tracing: Tracing | None = None,
 ) -> Starlette:
     """Return the application, which any ASGI server can run.
 
@@ -64,6 +68,8 @@ def build_app(
         stopping: Set when the daemon begins to shut down: whoever waits then waits no longer.
         max_body_bytes: Longest body of an inference request.
         max_queue_size: Most inference requests of one model at once.
+        access_log: Where requests are logged, if they are.
+        tracing: Where they are spans, if they are.
     """
     extensions = ("model_repository(unload_dependents)",) if management else ()
     managing = ManagementRoutes(manager, catalogue, enabled=management, stopping=stopping)
@@ -75,6 +81,7 @@ def build_app(
         stopping,
         max_body_bytes=max_body_bytes,
         max_queue_size=max_queue_size,
+        tracing=tracing,
     )
     app = Starlette(
         routes=[
@@ -87,7 +94,9 @@ def build_app(
             Route("/metrics", _metrics_route(manager, sessions, metrics), methods=["GET"]),
         ],
         middleware=[
-            Middleware(RequestContextMiddleware, metrics=metrics),
+            Middleware(
+                RequestContextMiddleware, metrics=metrics, access_log=access_log, tracing=tracing
+            ),
             Middleware(SecurityMiddleware, policy=policy),
         ],
         exception_handlers={
@@ -144,7 +153,8 @@ async def _manager_error(request: Request, error: Exception) -> Response:
 async def _unexpected_error(request: Request, error: Exception) -> Response:
     """Answer a bug: details are for the log, under the id that the client gets."""
     request_id = request.scope["state"]["request_id"]
-    logger.error("request %s failed: %r", request_id, error)
+    named = {"request_id": request_id}
+    logger.error("request %s failed: %r", request_id, error, extra=named)
     return error_response(
         500, f"internal error; the log has it as request {request_id}", {REQUEST_ID: request_id}
     )

@@ -56,6 +56,7 @@ from splitlearn_manager.serving.infer_wire import (
 )
 from splitlearn_manager.serving.long_json import SHORT
 from splitlearn_manager.serving.signature import Job, Signature
+from splitlearn_manager.tracing import in_context
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from splitlearn_manager.observability import Metrics
     from splitlearn_manager.server.statistics import StatisticsRoutes
     from splitlearn_manager.serving.inference import Result
+    from splitlearn_manager.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +96,7 @@ class InferRoutes:
         max_body_bytes: Longest body, as it comes and decompressed; also the longest output that is
             written as JSON, in bytes of its tensor.
         max_queue_size: Most requests of one model at once.
+        tracing: Who makes spans of them, if anybody does.
     """
 
     def __init__(
@@ -105,7 +108,9 @@ class InferRoutes:
         *,
         max_body_bytes: int,
         max_queue_size: int,
+        tracing: Tracing | None = None,
     ) -> None:
+        self._tracing = tracing
         self._manager = manager
         self._statistics = statistics
         self._metrics = metrics
@@ -212,6 +217,9 @@ class InferRoutes:
             job = self._signature(managed).job(request, most_json_bytes=self._limit)
             queued = time.perf_counter_ns()
             result = await self._run(managed, job, exchange)
+            if self._tracing is not None:
+                queue = result.began - queued
+                self._tracing.inferred(job.tokens, queue, result.infer_ns, result.began)
         done, short = time.perf_counter_ns(), answering is None and _is_short(result)
         response = await self._code(short, _write, exchange.model_id, request.id, result, answering)
         exchange.stages = Stages(
@@ -250,7 +258,7 @@ class InferRoutes:
         from splitlearn_manager.serving.inference import run_job  # noqa: PLC0415 - it needs torch
 
         try:
-            return await managed.run(run_job, managed, job)
+            return await managed.run(in_context(run_job), managed, job)
         except ManagerError:
             raise
         except Exception:

@@ -14,6 +14,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +34,11 @@ from splitlearn_manager.serving.wire import (
     decode,
     encode,
 )
+from splitlearn_manager.tracing import TRACEPARENT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from contextlib import AbstractContextManager
 
     from starlette.requests import Request
     from starlette.responses import Response
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from splitlearn_manager.observability import Metrics
     from splitlearn_manager.serving.session import Session
     from splitlearn_manager.serving.sessions import SessionTable
+    from splitlearn_manager.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +77,7 @@ class SessionEndpoint:
         manager: Whose models are served.
         table: Where the sessions are.
         metrics: Who counts the bytes.
+        tracing: Who makes spans of what clients ask for, if anybody does.
         max_frame_bytes: Longest message that the server reads; clients are told.
     """
 
@@ -83,7 +88,9 @@ class SessionEndpoint:
         metrics: Metrics,
         *,
         max_frame_bytes: int,
+        tracing: Tracing | None = None,
     ) -> None:
+        self._tracing = tracing
         self._manager = manager
         self._table = table
         self._metrics = metrics
@@ -113,7 +120,7 @@ class SessionEndpoint:
         await self._check(model_id, websocket.scope["subprotocols"])
         await websocket.accept(subprotocol=SUBPROTOCOL)
         connection = _Connection(
-            websocket, self._table, self._metrics, model_id, self._max_frame_bytes
+            websocket, self._table, self._metrics, model_id, self._max_frame_bytes, self._tracing
         )
         self._connections.add(connection)
         self._vacant.clear()
@@ -169,7 +176,9 @@ class _Connection:
         metrics: Metrics,
         model_id: str,
         max_frame_bytes: int,
+        tracing: Tracing | None,
     ) -> None:
+        self._tracing = tracing
         self._websocket = websocket
         self._table = table
         self._metrics = metrics
@@ -257,7 +266,8 @@ class _Connection:
     async def _open(self, frame: Frame) -> None:
         """Open a session."""
         wanted = _wishes(frame)
-        session = await self._table.open(self, self._model_id, **wanted)
+        with self._trace_of(wanted.pop(TRACEPARENT, None)):
+            session = await self._table.open(self, self._model_id, **wanted)
         await self._send(self._opened(session, frame))
 
     async def _fork(self, session: Session, frame: Frame) -> bytes:
@@ -310,12 +320,23 @@ class _Connection:
     async def _answer(self, session: Session, frame: Frame, work: _Work) -> None:
         """Do it, and answer."""
         try:
-            reply = await work(session, frame)
+            with self._traced(session, frame):
+                reply = await work(session, frame)
         except ManagerError as error:
             await self._send_refusal(frame, error)
         else:
             session.sent += len(reply)
             await self._send(reply)
+
+    def _trace_of(self, traceparent: object) -> AbstractContextManager[None]:
+        """Return what lets a session be in its opener's trace, where there are traces."""
+        return nullcontext() if self._tracing is None else self._tracing.opener(traceparent)
+
+    def _traced(self, session: Session, frame: Frame) -> AbstractContextManager[None]:
+        """Return what makes a span of what is asked of a session, likewise."""
+        if self._tracing is None:
+            return nullcontext()
+        return self._tracing.step(session, frame.kind.name)
 
     # --- Frames that go --------------------------------------------------------------------
 
@@ -365,7 +386,7 @@ def _wishes(frame: Frame) -> dict[str, Any]:
     Raises:
         BadOpenError: It asks for something else, or in another form.
     """
-    known = ("max_length", "rows", "rollback", "resume")
+    known = ("max_length", "rows", "rollback", "resume", TRACEPARENT)
     if unknown := sorted(frame.info.keys() - set(known)):
         raise BadOpenError(f"OPEN has {', '.join(known)} or nothing, found {', '.join(unknown)}")
     for name in ("rollback", "resume"):

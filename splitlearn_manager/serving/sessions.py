@@ -24,7 +24,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from splitlearn_manager.errors import ManagerError
-from splitlearn_manager.serving.batcher import LONGEST_TOGETHER, Batchers, BatchLimits
+from splitlearn_manager.serving.batcher import LONGEST_TOGETHER, Batchers, BatchLimits, Turn
 from splitlearn_manager.serving.cache_memory import BLOCK, CacheMemory, bytes_for
 from splitlearn_manager.serving.errors import (
     BadOpenError,
@@ -85,6 +85,7 @@ class SessionTable:
             ends it with its connection.
         metrics: Who counts.
         observers: Who hears of every session.
+        on_turn: Called with the turn of each step, in the context of its caller.
         limits: How far sessions share forwards.
         clock: Monotonic seconds.
         sleep: Waits for so many of them.
@@ -99,6 +100,7 @@ class SessionTable:
         resume_timeout: float = 0.0,
         metrics: SessionMetrics,
         observers: Sequence[SessionObserver] = (),
+        on_turn: Callable[[Turn], None] | None = None,
         limits: BatchLimits = BatchLimits(),  # noqa: B008 - it can't be changed
         clock: Clock = time.monotonic,
         sleep: Sleep = asyncio.sleep,
@@ -111,7 +113,7 @@ class SessionTable:
         self._observers = observers
         self._clock = clock
         self._sleep = sleep
-        self._batchers = Batchers(limits, metrics, clock)
+        self._batchers = Batchers(limits, metrics, clock, on_turn)
         self._memory = CacheMemory(manager.resource_manager)
         self._sessions: dict[int, Session] = {}  # the one used longest ago comes first
         self._draining = False
