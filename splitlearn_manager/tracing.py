@@ -281,7 +281,7 @@ class Tracing:
         """Return the span of a load, beginning it where it is heard of for the first time."""
         known = self._loads.get(event.operation_id)
         if known is None:
-            attributes = {
+            attributes: dict[str, Any] = {
                 "splitlearn.model": event.model_id,
                 "splitlearn.generation": event.generation,
                 "splitlearn.operation_id": event.operation_id,
