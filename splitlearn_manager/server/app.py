@@ -113,17 +113,25 @@ def build_app(
 def _metrics_route(
     manager: AsyncModelManager, sessions: SessionEndpoint, metrics: Metrics
 ) -> Callable[[Request], Awaitable[Response]]:
+    turn = asyncio.Lock()
+
     async def show(request: Request) -> Response:
-        """Show the metrics, with states and memory as they are now."""
+        """Show the metrics, with states and memory as they are now; to one after the other.
+
+        What is set from snapshots must not change while it is written for somebody else.
+        """
         del request
+        async with turn:
+            return Response(await text(), media_type="text/plain; version=1.0.0; charset=utf-8")
+
+    async def text() -> bytes:
         models = await manager.list_models()
         metrics.observe_models(models)
         for device in manager.resource_manager.devices():
             used = sum(m.resident_bytes for m in models if pool_of(m.device) == device)
             usage = await asyncio.to_thread(manager.resource_manager.get_current_usage, device)
             metrics.observe_memory(usage, used, sessions.reserved_on(device))
-        text = await asyncio.to_thread(metrics.render)  # caches are measured for it
-        return Response(text, media_type="text/plain; version=1.0.0; charset=utf-8")
+        return await asyncio.to_thread(metrics.render)  # caches are measured for it
 
     return show
 

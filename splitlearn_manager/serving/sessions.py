@@ -161,7 +161,7 @@ class SessionTable:
             usage, state = found.setdefault(session.model_id, ModelUsage()), session.state
             used, nbytes = self._measured.get(session.id, (-1.0, 0))
             if used != session.last_used:
-                used, nbytes = session.last_used, int(getattr(state.cache, "allocated_nbytes", 0))
+                used, nbytes = session.last_used, _allocated(state.cache, nbytes)
             measured[session.id] = used, nbytes
             usage.sessions += 1
             usage.tokens += state.length * (state.batch or 0)
@@ -658,6 +658,14 @@ class _Nobody:
 
     def session_closed(self, session: Session, reason: CloseReason) -> None:
         """Tell nobody."""
+
+
+def _allocated(cache: Any, before: int) -> int:
+    """Return the bytes of a cache, or what they were, while a forward adds layers to it."""
+    try:
+        return int(getattr(cache, "allocated_nbytes", 0))
+    except RuntimeError:  # something changed its size while it was gone through
+        return before
 
 
 def _record_past(state: State) -> None:

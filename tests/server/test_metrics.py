@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -11,11 +12,12 @@ import pytest
 import torch
 from infer_requests import entry, models, serving
 from prometheus_client.parser import text_string_to_metric_families
-from serving_fakes import ask
+from serving_fakes import FakePart, Owner, ask
 
-from splitlearn_manager import ModelInfo, ModelStatus
+from splitlearn_manager import AsyncModelManager, ModelInfo, ModelStatus
 from splitlearn_manager.client import RemoteTrunk
 from splitlearn_manager.observability import Metrics
+from splitlearn_manager.serving.sessions import SessionTable
 from splitlearn_manager.serving.tensors import tensor_to_wire
 from splitlearn_manager.serving.usage import ModelUsage
 from splitlearn_manager.serving.wire import Frame, Kind, TensorName, encode
@@ -171,3 +173,47 @@ def test_what_sessions_have_is_asked_for_when_it_is_shown() -> None:
     assert [value(f"splitlearn_{name}", {"model": "a"}) for name in names] == [2, 3, 4, 5]
     usage.clear()
     assert value("splitlearn_sessions_open", {"model": "a"}) is None
+
+
+@pytest.mark.anyio
+async def test_a_cache_that_changes_while_it_is_measured_keeps_its_figure(
+    manager: AsyncModelManager, part: FakePart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(self: Any) -> int:
+        if self.length:
+            raise RuntimeError("dictionary changed size during iteration")
+        return 7
+
+    monkeypatch.setattr(
+        type(part.new_cache()), "allocated_nbytes", property(measure), raising=False
+    )
+    async with SessionTable(manager, max_sessions=1, idle_timeout=9.0, metrics=Metrics()) as table:
+        session = await table.open(Owner(), "trunk")
+        assert table.usage()["trunk"].allocated_bytes == 7
+        session.state.cache.length = 1
+        session.last_used += 1
+
+        assert table.usage()["trunk"].allocated_bytes == 7
+
+
+@pytest.mark.anyio
+async def test_scrapes_come_one_after_the_other(
+    serve: Any, manager: AsyncModelManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = await serve("trunk")
+    most, now = 0, 0
+    list_models = manager.list_models
+
+    async def listed() -> Any:
+        nonlocal most, now
+        now += 1
+        most = max(most, now)
+        await asyncio.to_thread(ask, served.url, "/v2/health/live")
+        now -= 1
+        return await list_models()
+
+    monkeypatch.setattr(manager, "list_models", listed)
+    answers = await asyncio.gather(*(served.ask("/metrics") for _ in range(3)))
+
+    assert most == 1
+    assert [answer.status for answer in answers] == [200] * 3
