@@ -1,4 +1,4 @@
-"""OpenTelemetry traces: the only module that knows OpenTelemetry, which need not be installed.
+"""OpenTelemetry traces of a daemon; OpenTelemetry is an extra, and imported where it is wanted.
 
 A daemon traces where its configuration or the standard variables say so (`start`); else nothing of
 OpenTelemetry is imported.
@@ -13,29 +13,27 @@ OpenTelemetry is imported.
 
 Attributes are names, sizes and outcomes; never a token of either kind, a hidden state or a text.
 
-A client sends the span that it runs in (`trace_headers`) where its process traces, which it does
-not decide.
+Clients send the span that they run in (`splitlearn_manager.trace_context`).
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import sys
 import time
 from collections import deque
 from contextlib import contextmanager
-from contextvars import copy_context
-from functools import partial
 from importlib.util import find_spec
 from threading import Thread
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from splitlearn_manager.core.states import ModelStatus
 from splitlearn_manager.errors import ConfigError, Problem
+from splitlearn_manager.observability import version
+from splitlearn_manager.trace_context import TRACEPARENT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import TracerProvider
@@ -49,15 +47,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 LAST_EXPORT = 1.0
 """Seconds that the end of a daemon gives to what was not exported yet."""
 
 NEEDED = "opentelemetry.exporter.otlp.proto.http"
-TRACEPARENT = "traceparent"
-
 _SERVER_ERROR = 500
 _LONGEST_PATH = 256
 _NS = 1_000_000_000
@@ -110,18 +103,12 @@ def _provider() -> TracerProvider:
     from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
     from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
 
-    resource = Resource.create({"service.version": _version()})
+    resource = Resource.create({"service.version": version()})
     if str(resource.attributes.get("service.name", "")).startswith("unknown_service"):
         resource = resource.merge(Resource({"service.name": "splitlearn"}))
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return provider
-
-
-def _version() -> str:
-    from splitlearn_manager.observability import version  # noqa: PLC0415 - clients do without
-
-    return version()
 
 
 class Tracing:
@@ -135,7 +122,7 @@ class Tracing:
 
     def __init__(self, provider: TracerProvider) -> None:
         self._provider = provider
-        self._tracer = provider.get_tracer("splitlearn", _version())
+        self._tracer = provider.get_tracer("splitlearn", version())
         self._sessions: dict[int, Span] = {}
         self._loads: dict[str, tuple[Span, str]] = {}  # operation -> span, phase
         self._over: deque[str] = deque(maxlen=256)  # operations: news of them may come late
@@ -182,11 +169,11 @@ class Tracing:
     # --- Sessions --------------------------------------------------------------------------
 
     @contextmanager
-    def opener(self, traceparent: object) -> Iterator[None]:
+    def opener(self, traceparent: str | None) -> Iterator[None]:
         """Let what a block opens be in the trace that its opener names, if it names one."""
         from opentelemetry.context import attach, detach  # noqa: PLC0415 - optional
 
-        if not isinstance(traceparent, str):
+        if traceparent is None:
             yield
             return
         token = attach(_context_of({TRACEPARENT: traceparent}))
@@ -303,29 +290,6 @@ class Tracing:
         """Add a span that is over, to the one that this code runs in."""
         span = self._tracer.start_span(name, attributes=attributes, start_time=began)
         span.end(max(began, ended))
-
-
-def trace_headers() -> dict[str, str]:
-    """Return the W3C headers of the span that this code runs in; none where there is none.
-
-    A process that has not imported OpenTelemetry has none, and does not import it here.
-    """
-    if "opentelemetry.trace" not in sys.modules:
-        return {}
-    from opentelemetry.trace.propagation.tracecontext import (  # noqa: PLC0415 - optional
-        TraceContextTextMapPropagator,
-    )
-
-    carrier: dict[str, str] = {}
-    TraceContextTextMapPropagator().inject(carrier)
-    return carrier
-
-
-def in_context(fn: Callable[P, T]) -> Callable[P, T]:
-    """Return a function that runs in today's span when another thread calls it, once."""
-    if "opentelemetry.trace" not in sys.modules:
-        return fn
-    return partial(copy_context().run, fn)
 
 
 _CARRIED = (TRACEPARENT, "tracestate")

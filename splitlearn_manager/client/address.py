@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from splitlearn_manager.client.errors import RemoteError, RemoteUnavailable
-from splitlearn_manager.tracing import trace_headers
+from splitlearn_manager.trace_context import trace_headers
 
 _PORTS = {"http": 80, "https": 443}
 _MAX_BODY = 1 << 20

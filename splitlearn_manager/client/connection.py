@@ -23,7 +23,7 @@ from websockets.exceptions import InvalidHandshake, InvalidStatus
 from splitlearn_manager.client.errors import RemoteError, RemoteSessionClosed, RemoteUnavailable
 from splitlearn_manager.client.websocket import WebSocket, WebSocketLost
 from splitlearn_manager.serving.wire import SUBPROTOCOL, Frame, Kind, WireError, decode, encode
-from splitlearn_manager.tracing import TRACEPARENT, trace_headers
+from splitlearn_manager.trace_context import TRACEPARENT, trace_headers
 
 if TYPE_CHECKING:
     from splitlearn_manager.client.address import Address

@@ -56,7 +56,7 @@ from splitlearn_manager.serving.infer_wire import (
 )
 from splitlearn_manager.serving.long_json import SHORT
 from splitlearn_manager.serving.signature import Job, Signature
-from splitlearn_manager.tracing import in_context
+from splitlearn_manager.trace_context import in_context
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -34,7 +34,7 @@ from splitlearn_manager.serving.wire import (
     decode,
     encode,
 )
-from splitlearn_manager.tracing import TRACEPARENT
+from splitlearn_manager.trace_context import TRACEPARENT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -328,7 +328,7 @@ class _Connection:
             session.sent += len(reply)
             await self._send(reply)
 
-    def _trace_of(self, traceparent: object) -> AbstractContextManager[None]:
+    def _trace_of(self, traceparent: str | None) -> AbstractContextManager[None]:
         """Return what lets a session be in its opener's trace, where there are traces."""
         return nullcontext() if self._tracing is None else self._tracing.opener(traceparent)
 
@@ -392,6 +392,8 @@ def _wishes(frame: Frame) -> dict[str, Any]:
     for name in ("rollback", "resume"):
         if not isinstance(frame.info.get(name, False), bool):
             raise BadOpenError(f"{name} must be true or false, found {frame.info[name]!r}")
+    if not isinstance(frame.info.get(TRACEPARENT, ""), str):
+        raise BadOpenError(f"{TRACEPARENT} must be text, as W3C has it")
     rows = frame.info.get("rows", 1)
     if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
         raise BadOpenError(f"rows must be a number of sequences, 1 or more, found {rows!r}")

@@ -196,6 +196,7 @@ async def test_a_refused_frame_is_answered_and_the_connection_goes_on(client: Cl
         (Frame(Kind.OPENED, 5), "bad_frame"),
         (Frame(Kind.OPEN, 5, info={"max_length": "x"}), "bad_open"),
         (Frame(Kind.OPEN, 5, info={"length": 1}), "bad_open"),
+        (Frame(Kind.OPEN, 5, info={"traceparent": 1}), "bad_open"),
         (Frame(Kind.OPEN, 5, info={"max_length": 17}), "too_long"),
         (Frame(Kind.CLOSE, 5, 99), "unknown_session"),
         (step(99, request=5), "unknown_session"),

@@ -33,7 +33,8 @@ from splitlearn_manager.core.events import ProgressEvent, TransitionEvent
 from splitlearn_manager.core.states import LoadPhase, ModelStatus
 from splitlearn_manager.errors import ConfigError
 from splitlearn_manager.server.daemon import Daemon
-from splitlearn_manager.tracing import Tracing, in_context, start, trace_headers
+from splitlearn_manager.trace_context import in_context, trace_headers
+from splitlearn_manager.tracing import Tracing, start
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
@@ -367,7 +368,8 @@ def test_without_opentelemetry_the_configuration_is_refused(
 def test_nothing_of_it_is_imported_where_it_is_off() -> None:
     code = (
         "import sys, splitlearn_manager.server.daemon, splitlearn_manager.client.management\n"
-        "from splitlearn_manager.tracing import start, trace_headers, in_context\n"
+        "from splitlearn_manager.trace_context import in_context, trace_headers\n"
+        "from splitlearn_manager.tracing import start\n"
         "assert start(False, {}) is None and trace_headers() == {} and in_context(id) is id\n"
         "sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
     )
