@@ -416,4 +416,6 @@ def configure_logging(
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    # What it has to say below shows what clients sent: queries, and at `debug` every header.
+    logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, root.level))
     logging.getLogger(ACCESS_LOG).setLevel(logging.INFO if access_log else logging.NOTSET)

@@ -217,17 +217,48 @@ async def test_what_goes_wrong_is_logged_under_the_id_of_its_request(
     assert [getattr(record, "request_id", None) for record in errors] == ["req-3"] * len(errors)
 
 
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    """Put what `configure_logging` changes back as it was."""
+    loggers = [logging.getLogger(name) for name in (None, ACCESS_LOG, "uvicorn.error")]
+    before = [(logger.level, logger.handlers[:]) for logger in loggers]
+    yield
+    for logger, (level, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
+
+
+@pytest.mark.usefixtures("own_logging")
+async def test_no_log_shows_what_a_client_keeps_secret(
+    serve: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logging("debug", access_log=True)
+    served = await serve("trunk", access_log=True)
+    headers = {"Authorization": "Bearer sesame"}
+    quiet = logging.getLogger("quiet")  # the test's client tells all that it sends
+    quiet.setLevel(logging.CRITICAL)
+
+    await served.ask("/v2/models/trunk?token=sesame", **headers)
+    async with connect(
+        served.sessions_url() + "?token=sesame",
+        subprotocols=[SUBPROTOCOL],
+        additional_headers=headers,
+        logger=quiet,
+    ):
+        pass
+    await served.stop()
+
+    shown = capsys.readouterr().err
+    assert "GET /v2/models/{model}/sessions 101" in shown
+    assert "sesame" not in shown
+
+
+@pytest.mark.usefixtures("own_logging")
 @pytest.mark.parametrize(("on", "shown"), [(True, 1), (False, 0)])
 def test_it_is_written_at_whatever_level(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, on: bool, shown: int
+    capsys: pytest.CaptureFixture[str], on: bool, shown: int
 ) -> None:
-    root, access = logging.getLogger(), logging.getLogger(ACCESS_LOG)
-    for logger in (root, access):
-        monkeypatch.setattr(logger, "handlers", [])
-        monkeypatch.setattr(logger, "level", logger.level)
-
     configure_logging("warning", access_log=on)
-    access.info("GET /v2 200")
+    logging.getLogger(ACCESS_LOG).info("GET /v2 200")
 
     assert capsys.readouterr().err.count("GET /v2 200") == shown
-    access.setLevel(logging.NOTSET)
