@@ -28,15 +28,20 @@ from prometheus_client import (
 )
 
 from splitlearn_manager.core.states import ModelStatus
+from splitlearn_manager.series import PerModel, UsageCollector
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from splitlearn_manager.core.events import ReloadFailedEvent, TransitionEvent
     from splitlearn_manager.core.model_info import ModelInfo
     from splitlearn_manager.core.resources import ResourceUsage
+    from splitlearn_manager.serving.usage import ModelUsage
 
 LogFormat = Literal["text", "json"]
+
+ACCESS_LOG = "splitlearn.access"
+"""The logger that has a line for each request and session."""
 
 LOAD_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800)
 AGE_BUCKETS = (1, 10, 60, 300, 1800, 3600, 6 * 3600, 24 * 3600, 7 * 24 * 3600)
@@ -49,12 +54,16 @@ REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 
 class Metrics:
     """The metrics of one daemon, in a registry of their own.
 
-    What happens is counted when it happens; what *is* (states, memory) is set from snapshots when
-    somebody asks, by `observe_models` and `observe_memory`.
+    What happens is counted when it happens; what *is* (states, memory, sessions) is looked up when
+    somebody asks, or set from snapshots then, by `observe_models` and `observe_memory`.
+
+    The series of a model that is gone are shown once more after it went, and then no longer.
     """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._per_model: list[PerModel[Any]] = []
+        self._gone: set[str] = set()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         build = Info("splitlearn_build", "Version of the daemon", registry=self.registry)
@@ -63,7 +72,10 @@ class Metrics:
         self._define_memory()
         self._define_sessions()
         self._define_forwards()
+        self._define_inference()
         self._define_requests()
+        self._usage = UsageCollector(self._models_with_series)
+        self.registry.register(self._usage)
 
     def _define_models(self) -> None:
         self._state = self._gauge("model_state", "1 for the state of a model", "model", "state")
@@ -90,33 +102,59 @@ class Metrics:
 
     def _define_memory(self) -> None:
         self._capacity = self._gauge("memory_capacity_bytes", "Most to be reserved", "device")
-        self._reserved = self._gauge("memory_reserved_bytes", "Reserved for models", "device")
+        self._reserved = self._gauge(
+            "memory_reserved_bytes", "Reserved for models and caches of sessions", "device"
+        )
         self._used = self._gauge("memory_used_bytes", "Measured of loaded models", "device")
+        self._cache_budget = self._gauge(
+            "cache_budget_bytes", "What models leave for caches of sessions, in all", "device"
+        )
 
     def _define_sessions(self) -> None:
-        self._sessions = self._gauge("sessions_open", "Sessions that are open", "model")
-        self._steps = self._counter("session_steps_total", "Steps, by outcome", "model", "code")
-        self._step_seconds = self._histogram(
-            "session_step_duration_seconds", "Steps, waiting included", STEP_BUCKETS, "model"
+        self._opened = self._model_counter("sessions_opened_total", "Sessions that were opened")
+        self._ended = self._model_counter(
+            "sessions_ended_total", "Sessions that have ended", "reason"
         )
-        self._tokens = self._counter(
-            "session_tokens_total", "Positions computed, times rows", "model"
+        self._steps = self._model_counter("session_steps_total", "Steps, by outcome", "code")
+        self._step_seconds = self._model_histogram(
+            "session_step_duration_seconds", "Steps, waiting included", STEP_BUCKETS
+        )
+        self._tokens = self._model_counter(
+            "session_tokens_total", "Positions computed, times rows", "phase"
         )
 
     def _define_forwards(self) -> None:
-        self._rows = self._histogram(
-            "session_batch_rows", "Rows of a forward", BATCH_BUCKETS, "model"
+        self._rows = self._model_histogram("session_batch_rows", "Rows of a forward", BATCH_BUCKETS)
+        self._forward_seconds = self._model_histogram(
+            "session_forward_duration_seconds", "Forwards of sessions", STEP_BUCKETS
         )
-        self._forward_seconds = self._histogram(
-            "session_forward_duration_seconds", "Forwards of sessions", STEP_BUCKETS, "model"
+        self._step_queue_seconds = self._model_histogram(
+            "session_step_queue_seconds", "Until a step had its turn", STEP_BUCKETS
         )
-        self._step_queue_seconds = self._histogram(
-            "session_step_queue_seconds", "Until a step had its turn", STEP_BUCKETS, "model"
+
+    def _define_inference(self) -> None:
+        self._inferences = self._model_counter(
+            "infer_requests_total", "Inference requests, by outcome", "code"
+        )
+        self._infer_tokens = self._model_counter(
+            "infer_tokens_total", "Positions of inference requests that succeeded, times rows"
+        )
+        self._infer_seconds = self._model_histogram(
+            "infer_duration_seconds", "Those that succeeded, to the answer", REQUEST_BUCKETS
+        )
+        self._infer_queue_seconds = self._model_histogram(
+            "infer_queue_seconds", "Their waits for the model's thread", STEP_BUCKETS
+        )
+        self._infer_forward_seconds = self._model_histogram(
+            "infer_forward_duration_seconds", "Their forwards", STEP_BUCKETS
         )
 
     def _define_requests(self) -> None:
-        self._inferences = self._counter(
-            "infer_requests_total", "Inference requests, by outcome", "model", "code"
+        self._received = self._model_counter(
+            "received_bytes_total", "Frames of sessions, bodies of inference requests", "protocol"
+        )
+        self._sent = self._model_counter(
+            "sent_bytes_total", "Frames of sessions, bodies of answers", "protocol"
         )
         labels = ("route", "method", "code")
         self._requests = self._counter("requests_total", "HTTP requests", *labels)
@@ -127,6 +165,18 @@ class Metrics:
         self._loop_lag = self._histogram(
             "event_loop_lag_seconds", "How late a timer of the event loop was", LAG_BUCKETS
         )
+
+    def _model_counter(self, name: str, text: str, *labels: str) -> PerModel[Counter]:
+        return self._of_models(PerModel(self._counter(name, text, "model", *labels)))
+
+    def _model_histogram(
+        self, name: str, text: str, buckets: tuple[float, ...]
+    ) -> PerModel[Histogram]:
+        return self._of_models(PerModel(self._histogram(name, text, buckets, "model")))
+
+    def _of_models(self, metric: PerModel[Any]) -> PerModel[Any]:
+        self._per_model.append(metric)
+        return metric
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(f"splitlearn_{name}", text, labels, registry=self.registry)
@@ -166,24 +216,54 @@ class Metrics:
         """Count an HTTP request that has begun (1) or ended (-1)."""
         self._in_flight.inc(change)
 
-    def sessions_open(self, model_id: str, change: int) -> None:
-        """Count a session that was opened (1) or has ended (-1)."""
-        self._sessions.labels(model_id).inc(change)
+    def follow_sessions(self, usage: Callable[[], Mapping[str, ModelUsage]]) -> None:
+        """Show what sessions take; asked when the metrics are, in any thread."""
+        self._usage.usage = usage
 
-    def session_step(self, model_id: str, code: str, seconds: float, tokens: int) -> None:
-        """Count a step: its outcome (`ok` or an error's code), how long it took, its positions."""
-        self._steps.labels(model_id, code).inc()
-        self._step_seconds.labels(model_id).observe(seconds)
-        self._tokens.labels(model_id).inc(tokens)
+    def follow_requests(self, taken: Callable[[str], int]) -> None:
+        """Show how many inference requests a model has; likewise."""
+        self._usage.requests = taken
+
+    def session_opened(self, model_id: str) -> None:
+        """Count a session that was opened."""
+        self._opened(model_id).inc()
+
+    def session_ended(self, model_id: str, reason: str) -> None:
+        """Count a session that has ended, and why."""
+        self._ended(model_id, reason).inc()
+
+    def session_step(
+        self, model_id: str, code: str, seconds: float, tokens: int, phase: str
+    ) -> None:
+        """Count a step.
+
+        Args:
+            model_id: Whose.
+            code: Its outcome: `ok` or an error's code.
+            seconds: How long it took.
+            tokens: Positions that it computed, times rows.
+            phase: Of what these were: `prefill` or `decode`.
+        """
+        self._steps(model_id, code).inc()
+        self._step_seconds(model_id).observe(seconds)
+        self._tokens(model_id, phase).inc(tokens)
 
     def forward(self, model_id: str, rows: int, seconds: float) -> None:
         """Count a forward that sessions shared, or had alone: its rows, and how long it took."""
-        self._rows.labels(model_id).observe(rows)
-        self._forward_seconds.labels(model_id).observe(seconds)
+        self._rows(model_id).observe(rows)
+        self._forward_seconds(model_id).observe(seconds)
 
     def step_queued(self, model_id: str, seconds: float) -> None:
         """Note how long a step waited for its turn."""
-        self._step_queue_seconds.labels(model_id).observe(seconds)
+        self._step_queue_seconds(model_id).observe(seconds)
+
+    def received(self, model_id: str, protocol: str, nbytes: int) -> None:
+        """Count bytes that came for a model: of `sessions`, or `infer`."""
+        self._received(model_id, protocol).inc(nbytes)
+
+    def sent(self, model_id: str, protocol: str, nbytes: int) -> None:
+        """Count bytes that went back; likewise."""
+        self._sent(model_id, protocol).inc(nbytes)
 
     def request(self, route: str, method: str, code: int, seconds: float) -> None:
         """Count an HTTP request by the route that took it, never by its path."""
@@ -192,7 +272,24 @@ class Metrics:
 
     def inference(self, model_id: str, code: str) -> None:
         """Count an inference request: `ok`, `cancelled` by its client, or an error's code."""
-        self._inferences.labels(model_id, code).inc()
+        self._inferences(model_id, code).inc()
+
+    def inferred(
+        self, model_id: str, tokens: int, seconds: float, queue: float, run: float
+    ) -> None:
+        """Note of an inference request that succeeded its positions, and how long it took.
+
+        Args:
+            model_id: Whose.
+            tokens: Positions, times rows.
+            seconds: From the request's head to its answer.
+            queue: What of it was waiting for the model's thread.
+            run: What of it was the forward.
+        """
+        self._infer_tokens(model_id).inc(tokens)
+        self._infer_seconds(model_id).observe(seconds)
+        self._infer_queue_seconds(model_id).observe(queue)
+        self._infer_forward_seconds(model_id).observe(run)
 
     def observe_models(self, models: Iterable[ModelInfo]) -> None:
         """Set states and sizes of the models that there are now; those of others disappear."""
@@ -206,12 +303,32 @@ class Metrics:
             self._size.labels(model.model_id, "actual").set(model.resident_bytes)
         loading = sum(m.status is ModelStatus.LOADING or m.reloading for m in models)
         self._loading.set(loading)
+        self._forget_gone({model.model_id for model in models})
 
-    def observe_memory(self, usage: ResourceUsage, used: int = 0) -> None:
-        """Set what a device has, what of it is promised, and what of that was measured."""
+    def _models_with_series(self) -> set[str]:
+        return set().union(*(metric.models() for metric in self._per_model))
+
+    def _forget_gone(self, present: set[str]) -> None:
+        """Drop the series of models that were gone the last time already."""
+        gone = self._models_with_series() - present
+        for model_id in gone & self._gone:
+            for metric in self._per_model:
+                metric.forget(model_id)
+        self._gone = gone - self._gone
+
+    def observe_memory(self, usage: ResourceUsage, used: int = 0, caches: int = 0) -> None:
+        """Set what a device has, what of it is promised, and what of that was measured.
+
+        Args:
+            usage: What it has, and has promised.
+            used: Bytes that the models on it take, measured.
+            caches: What of the promised bytes is for caches of sessions.
+        """
         self._capacity.labels(usage.device).set(usage.capacity_bytes)
         self._reserved.labels(usage.device).set(usage.reserved_bytes)
         self._used.labels(usage.device).set(used)
+        budget = max(0, usage.capacity_bytes - usage.reserved_bytes + caches)
+        self._cache_budget.labels(usage.device).set(budget)
 
     def render(self) -> bytes:
         """Return all of it in Prometheus' text format."""
@@ -280,12 +397,18 @@ class _TextFormatter(logging.Formatter):
         return f"{line} [{' '.join(ids)}]" if ids else line
 
 
-def configure_logging(level: str, format: LogFormat = "text") -> None:  # noqa: A002 - as in YAML
+def configure_logging(
+    level: str,
+    format: LogFormat = "text",  # noqa: A002 - as in YAML
+    *,
+    access_log: bool = False,
+) -> None:
     """Let the process log to stderr; for whoever owns the process, never for a library.
 
     Args:
         level: `debug`, `info`, `warning`, `error` or `critical`.
         format: `text` for people, `json` for one object per line.
+        access_log: Whether the access log is written, at whatever level.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(RequestIdFilter())
@@ -293,3 +416,6 @@ def configure_logging(level: str, format: LogFormat = "text") -> None:  # noqa: 
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    # What it has to say below shows what clients sent: queries, and at `debug` every header.
+    logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, root.level))
+    logging.getLogger(ACCESS_LOG).setLevel(logging.INFO if access_log else logging.NOTSET)

@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from splitlearn_manager.client.errors import RemoteError, RemoteUnavailable
+from splitlearn_manager.trace_context import trace_headers
 
 _PORTS = {"http": 80, "https": 443}
 _MAX_BODY = 1 << 20
@@ -72,8 +73,9 @@ class Address:
 
     @property
     def headers(self) -> dict[str, str]:
-        """What every request carries."""
-        return {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
+        """What every request carries: the token, and the span that it is sent from."""
+        token = {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
+        return {**token, **trace_headers()}
 
     @property
     def tls(self) -> ssl.SSLContext | None:

@@ -15,7 +15,7 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from websockets.exceptions import InvalidHandshake, InvalidStatus
@@ -23,6 +23,7 @@ from websockets.exceptions import InvalidHandshake, InvalidStatus
 from splitlearn_manager.client.errors import RemoteError, RemoteSessionClosed, RemoteUnavailable
 from splitlearn_manager.client.websocket import WebSocket, WebSocketLost
 from splitlearn_manager.serving.wire import SUBPROTOCOL, Frame, Kind, WireError, decode, encode
+from splitlearn_manager.trace_context import TRACEPARENT, trace_headers
 
 if TYPE_CHECKING:
     from splitlearn_manager.client.address import Address
@@ -101,7 +102,11 @@ class SessionConnection:
             self._close_abandoned()  # the server may have no room beside them
             self._connect()
             try:
-                wishes = {"resume": True, **({"rollback": True} if rollback else {})}
+                wishes: dict[str, Any] = {"resume": True}
+                if rollback:
+                    wishes["rollback"] = True
+                if traceparent := trace_headers().get(TRACEPARENT):
+                    wishes[TRACEPARENT] = traceparent
                 opened = self._ask(Frame(Kind.OPEN, info=wishes), Kind.OPENED)
             except RemoteSessionClosed as error:
                 raise RemoteUnavailable(str(error)) from error

@@ -40,6 +40,9 @@ class ServerConfig:
         max_frame_bytes: Longest message, or body of a request, that is read from a client.
         log_level: `debug`, `info`, `warning`, `error` or `critical`.
         log_format: `text` for people, `json` for one object per line.
+        access_log: Whether each request and each session is logged.
+        tracing: Whether OpenTelemetry traces are made; the standard `OTEL_` variables say where
+            they go, and can also switch them on.
         token_file: File with the bearer token that clients must send.
         token_env: Environment variable with that token; don't begin its name with
             `SPLITLEARN_SERVER_`, which is for the settings themselves.
@@ -59,6 +62,8 @@ class ServerConfig:
     max_frame_bytes: Annotated[ByteCount, Field(ge=1024)] = 64 << 20
     log_level: LogLevel = "info"
     log_format: Literal["text", "json"] = "text"
+    access_log: bool = False
+    tracing: bool = False
     token_file: PathText | None = None
     token_env: Text | None = None
     threads: Annotated[int, Field(ge=1, le=1024)] = 1

@@ -25,10 +25,14 @@ class Response:
     headers: Mapping[str, str]
     pieces: Sequence[bytes | memoryview]
 
+    @property
+    def length(self) -> int:
+        """Bytes of the body."""
+        return sum(map(len, self.pieces))
+
     def raw_headers(self) -> list[tuple[bytes, bytes]]:
         """Return the headers as ASGI has them, with the length."""
-        length = sum(map(len, self.pieces))
-        headers = {**self.headers, "Content-Length": str(length)}
+        headers = {**self.headers, "Content-Length": str(self.length)}
         return [(name.lower().encode(), value.encode()) for name, value in headers.items()]
 
 

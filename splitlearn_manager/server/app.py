@@ -31,9 +31,11 @@ if TYPE_CHECKING:
 
     from splitlearn_manager.core.async_model_manager import AsyncModelManager
     from splitlearn_manager.observability import Metrics
+    from splitlearn_manager.server.access_log import AccessLog
     from splitlearn_manager.server.catalogue import Catalogue
     from splitlearn_manager.server.readiness import Readiness
     from splitlearn_manager.server.sessions_ws import SessionEndpoint
+    from splitlearn_manager.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,8 @@ def build_app(
     stopping: asyncio.Event,
     max_body_bytes: int,
     max_queue_size: int,
+    access_log: AccessLog | None = None,
+    tracing: Tracing | None = None,
 ) -> Starlette:
     """Return the application, which any ASGI server can run.
 
@@ -64,6 +68,8 @@ def build_app(
         stopping: Set when the daemon begins to shut down: whoever waits then waits no longer.
         max_body_bytes: Longest body of an inference request.
         max_queue_size: Most inference requests of one model at once.
+        access_log: Where requests are logged, if they are.
+        tracing: Where they are spans, if they are.
     """
     extensions = ("model_repository(unload_dependents)",) if management else ()
     managing = ManagementRoutes(manager, catalogue, enabled=management, stopping=stopping)
@@ -75,6 +81,7 @@ def build_app(
         stopping,
         max_body_bytes=max_body_bytes,
         max_queue_size=max_queue_size,
+        tracing=tracing,
     )
     app = Starlette(
         routes=[
@@ -84,10 +91,12 @@ def build_app(
             *managing.routes(),
             *EventRoutes(manager, catalogue, stopping).routes(),
             *sessions.routes(),
-            Route("/metrics", _metrics_route(manager, metrics), methods=["GET"]),
+            Route("/metrics", _metrics_route(manager, sessions, metrics), methods=["GET"]),
         ],
         middleware=[
-            Middleware(RequestContextMiddleware, metrics=metrics),
+            Middleware(
+                RequestContextMiddleware, metrics=metrics, access_log=access_log, tracing=tracing
+            ),
             Middleware(SecurityMiddleware, policy=policy),
         ],
         exception_handlers={
@@ -102,18 +111,27 @@ def build_app(
 
 
 def _metrics_route(
-    manager: AsyncModelManager, metrics: Metrics
+    manager: AsyncModelManager, sessions: SessionEndpoint, metrics: Metrics
 ) -> Callable[[Request], Awaitable[Response]]:
+    turn = asyncio.Lock()
+
     async def show(request: Request) -> Response:
-        """Show the metrics, with states and memory as they are now."""
+        """Show the metrics, with states and memory as they are now; to one after the other.
+
+        What is set from snapshots must not change while it is written for somebody else.
+        """
         del request
+        async with turn:
+            return Response(await text(), media_type="text/plain; version=1.0.0; charset=utf-8")
+
+    async def text() -> bytes:
         models = await manager.list_models()
         metrics.observe_models(models)
         for device in manager.resource_manager.devices():
             used = sum(m.resident_bytes for m in models if pool_of(m.device) == device)
             usage = await asyncio.to_thread(manager.resource_manager.get_current_usage, device)
-            metrics.observe_memory(usage, used)
-        return Response(metrics.render(), media_type="text/plain; version=1.0.0; charset=utf-8")
+            metrics.observe_memory(usage, used, sessions.reserved_on(device))
+        return await asyncio.to_thread(metrics.render)  # caches are measured for it
 
     return show
 
@@ -143,7 +161,8 @@ async def _manager_error(request: Request, error: Exception) -> Response:
 async def _unexpected_error(request: Request, error: Exception) -> Response:
     """Answer a bug: details are for the log, under the id that the client gets."""
     request_id = request.scope["state"]["request_id"]
-    logger.error("request %s failed: %r", request_id, error)
+    named = {"request_id": request_id}
+    logger.error("request %s failed: %r", request_id, error, extra=named)
     return error_response(
         500, f"internal error; the log has it as request {request_id}", {REQUEST_ID: request_id}
     )

@@ -23,11 +23,13 @@ from typing import TYPE_CHECKING, Any, Self
 from splitlearn_manager.config.changes import compare, in_force
 from splitlearn_manager.core.async_model_manager import AsyncModelManager
 from splitlearn_manager.core.deadlines import LoadDeadlines
+from splitlearn_manager.core.events import ProgressEvent
 from splitlearn_manager.core.loads import LoadPolicy
 from splitlearn_manager.core.resources import ResourceManager
 from splitlearn_manager.core.retry import RetryPolicy
 from splitlearn_manager.errors import ConfigError
 from splitlearn_manager.observability import Metrics, configure_logging
+from splitlearn_manager.server.access_log import AccessLog
 from splitlearn_manager.server.app import build_app
 from splitlearn_manager.server.catalogue import Catalogue
 from splitlearn_manager.server.desired_models import DesiredModels
@@ -40,6 +42,7 @@ from splitlearn_manager.server.sessions_ws import SessionEndpoint
 from splitlearn_manager.server.systemd import Notifier, keep_watchdog
 from splitlearn_manager.serving.batcher import BatchLimits
 from splitlearn_manager.serving.sessions import SessionTable
+from splitlearn_manager.tracing import start
 
 if TYPE_CHECKING:
     import socket
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
 
     from splitlearn_manager.config import DaemonConfig, ManagerLimits
     from splitlearn_manager.config.changes import ConfigChanges
+    from splitlearn_manager.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +68,8 @@ def run(config: DaemonConfig, reread: Callable[[], DaemonConfig] | None = None) 
     Raises:
         ConfigError: The address or the token can't be had; nothing was started.
     """
-    configure_logging(config.server.log_level, config.server.log_format)
+    server = config.server
+    configure_logging(server.log_level, server.log_format, access_log=server.access_log)
     with Daemon(config, reread=reread) as daemon:
         return daemon.run()
 
@@ -83,6 +88,7 @@ class Daemon:
         reread: Returns what it is told now, or raises a `ConfigError`; called in a thread when
             SIGHUP comes.
         notifier: Who tells systemd; made from the environment by default.
+        tracing: Who makes spans; made as configuration and environment say, unless one is given.
 
     Attributes:
         config: What is in force.
@@ -98,7 +104,9 @@ class Daemon:
         announce: Callable[[str], None] | None = None,
         reread: Callable[[], DaemonConfig] | None = None,
         notifier: Notifier | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
+        self._tracing = tracing
         self.config = config
         self.url = ""
         self.metrics = Metrics()
@@ -148,7 +156,7 @@ class Daemon:
         """
         self._loop = asyncio.get_running_loop()
         listener = self.bind()
-        with listener, self._signals():
+        with listener, self._signals(), self._traces():
             parts = self._assemble(listener)
             async with parts.manager, parts.table:
                 async with asyncio.TaskGroup() as tasks:
@@ -192,15 +200,27 @@ class Daemon:
         readiness = Readiness(manager, catalogue)
         manager.on_transition.extend([self.metrics.model_moved, readiness.model_moved])
         manager.on_failed_reload.append(self.metrics.reload_failed)
+        tracing, access_log = self._tracing, AccessLog() if server.access_log else None
+        if tracing is not None:
+            manager.on_transition.append(tracing.model_moved)
+            manager.on_failed_reload.append(tracing.reload_failed)
         table = SessionTable(
             manager,
             max_sessions=server.max_sessions,
             idle_timeout=server.session_idle_timeout,
             resume_timeout=server.session_resume_timeout,
             metrics=self.metrics,
+            observers=[one for one in (access_log, tracing) if one is not None],
+            on_turn=None if tracing is None else tracing.turn,
             limits=BatchLimits(server.max_batch_size, server.prefill_chunk_size),
         )
-        sessions = SessionEndpoint(manager, table, max_frame_bytes=server.max_frame_bytes)
+        sessions = SessionEndpoint(
+            manager,
+            table,
+            self.metrics,
+            max_frame_bytes=server.max_frame_bytes,
+            tracing=tracing,
+        )
         stopping = asyncio.Event()
         app = build_app(
             manager,
@@ -213,6 +233,8 @@ class Daemon:
             stopping=stopping,
             max_body_bytes=server.max_frame_bytes,
             max_queue_size=server.max_queue_size,
+            access_log=access_log,
+            tracing=tracing,
         )
         http = HttpServer(app, max_frame_bytes=server.max_frame_bytes)
         desired = DesiredModels(manager, catalogue, readiness)
@@ -247,6 +269,7 @@ class Daemon:
             self._load(parts),
             keep_watchdog(self._notifier, parts.manager.check_alive),
             watch_loop(self.metrics.loop_lag),
+            *([] if self._tracing is None else [_follow_loads(parts.manager, self._tracing)]),
         ]
 
     async def _load(self, parts: _Parts) -> None:
@@ -333,6 +356,20 @@ class Daemon:
         return clean
 
     @contextmanager
+    def _traces(self) -> Iterator[None]:
+        """Trace what happens, if that is wanted.
+
+        Raises:
+            ConfigError: It is, and can't be done.
+        """
+        self._tracing = self._tracing or start(self.config.server.tracing)
+        try:
+            yield
+        finally:
+            if self._tracing is not None:
+                self._tracing.stop()
+
+    @contextmanager
     def _signals(self) -> Iterator[None]:
         """Let the first signal stop the daemon, and a second one the process, at once."""
         if threading.current_thread() is not threading.main_thread():
@@ -367,6 +404,14 @@ class _Parts:
     catalogue: Catalogue
     desired: DesiredModels
     stopping: asyncio.Event
+
+
+async def _follow_loads(manager: AsyncModelManager, tracing: Tracing) -> None:
+    """Tell the traces of the phases of loads, as long as there are events."""
+    with manager.subscribe() as events:
+        async for event in events:
+            if isinstance(event, ProgressEvent):
+                tracing.progress(event)
 
 
 _RESERVE = 2.0

@@ -56,6 +56,7 @@ from splitlearn_manager.serving.infer_wire import (
 )
 from splitlearn_manager.serving.long_json import SHORT
 from splitlearn_manager.serving.signature import Job, Signature
+from splitlearn_manager.trace_context import in_context
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from splitlearn_manager.observability import Metrics
     from splitlearn_manager.server.statistics import StatisticsRoutes
     from splitlearn_manager.serving.inference import Result
+    from splitlearn_manager.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,9 @@ CODERS = 2
 """Threads that read and write JSON, and compress: each may hold a body and its elements."""
 
 OK, CANCELLED = "ok", "cancelled"
+
+PROTOCOL = "infer"
+"""What these bytes are called in the metrics."""
 
 
 class InferRoutes:
@@ -91,6 +96,7 @@ class InferRoutes:
         max_body_bytes: Longest body, as it comes and decompressed; also the longest output that is
             written as JSON, in bytes of its tensor.
         max_queue_size: Most requests of one model at once.
+        tracing: Who makes spans of them, if anybody does.
     """
 
     def __init__(
@@ -102,7 +108,9 @@ class InferRoutes:
         *,
         max_body_bytes: int,
         max_queue_size: int,
+        tracing: Tracing | None = None,
     ) -> None:
+        self._tracing = tracing
         self._manager = manager
         self._statistics = statistics
         self._metrics = metrics
@@ -111,6 +119,7 @@ class InferRoutes:
         self._coders = asyncio.Semaphore(CODERS)
         self._signatures: WeakKeyDictionary[AsyncManagedModel, Signature] = WeakKeyDictionary()
         self.places = Places(max_queue_size)
+        metrics.follow_requests(self.places.taken)
 
     def routes(self) -> list[Route]:
         """Return the routes."""
@@ -151,6 +160,7 @@ class InferRoutes:
             else:
                 self._count(exchange, OK)
                 await send_answer(answer, scope, send)
+                self._metrics.sent(model_id, PROTOCOL, answer.length)
 
     @contextmanager
     def _counted(self, exchange: _Exchange) -> Iterator[None]:
@@ -173,11 +183,16 @@ class InferRoutes:
             return
         exchange.counted = True
         self._metrics.inference(exchange.model_id, code)
-        statistics = self._statistics.of(exchange.model_id)
         if exchange.stages is not None and code == OK:
-            statistics.succeeded(exchange.age(), exchange.stages)
+            self._succeeded(exchange.model_id, exchange.age(), exchange.stages)
         else:
-            statistics.failed(exchange.age())
+            self._statistics.of(exchange.model_id).failed(exchange.age())
+
+    def _succeeded(self, model_id: str, age: int, stages: Stages) -> None:
+        """Count how long a request took, in nanoseconds here and in seconds for the metrics."""
+        self._statistics.of(model_id).succeeded(age, stages)
+        seconds = (age / 1e9, stages.queue / 1e9, stages.compute_infer / 1e9)
+        self._metrics.inferred(model_id, stages.tokens, *seconds)
 
     async def _answer(self, exchange: _Exchange) -> Response | None:
         """Return the answer to a request; `None` if the client goes away before there is one."""
@@ -185,6 +200,7 @@ class InferRoutes:
             body = await whole_body(exchange.request, self._limit)
         except ClientDisconnect:
             return None
+        self._metrics.received(exchange.model_id, PROTOCOL, len(body))
         work = asyncio.create_task(self._work(exchange, body))
         del body
         return await unless_gone(work, exchange.request.receive)
@@ -201,10 +217,14 @@ class InferRoutes:
             job = self._signature(managed).job(request, most_json_bytes=self._limit)
             queued = time.perf_counter_ns()
             result = await self._run(managed, job, exchange)
+            if self._tracing is not None:
+                queue = result.began - queued
+                self._tracing.inferred(job.tokens, queue, result.infer_ns, result.began)
         done, short = time.perf_counter_ns(), answering is None and _is_short(result)
         response = await self._code(short, _write, exchange.model_id, request.id, result, answering)
         exchange.stages = Stages(
             rows=job.batch,
+            tokens=job.tokens,
             queue=result.began - queued,
             compute_input=read - begun + result.input_ns,
             compute_infer=result.infer_ns,
@@ -238,7 +258,7 @@ class InferRoutes:
         from splitlearn_manager.serving.inference import run_job  # noqa: PLC0415 - it needs torch
 
         try:
-            return await managed.run(run_job, managed, job)
+            return await managed.run(in_context(run_job), managed, job)
         except ManagerError:
             raise
         except Exception:

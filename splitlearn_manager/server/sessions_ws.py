@@ -14,6 +14,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +34,11 @@ from splitlearn_manager.serving.wire import (
     decode,
     encode,
 )
+from splitlearn_manager.trace_context import TRACEPARENT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from contextlib import AbstractContextManager
 
     from starlette.requests import Request
     from starlette.responses import Response
@@ -43,12 +46,17 @@ if TYPE_CHECKING:
     from starlette.websockets import WebSocket
 
     from splitlearn_manager.core.async_model_manager import AsyncModelManager
+    from splitlearn_manager.observability import Metrics
     from splitlearn_manager.serving.session import Session
     from splitlearn_manager.serving.sessions import SessionTable
+    from splitlearn_manager.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
 PATH = "/v2/models/{model}/sessions"
+
+PROTOCOL = "sessions"
+"""What these bytes are called in the metrics."""
 
 MAX_ERROR_TEXT = 1000
 
@@ -68,14 +76,24 @@ class SessionEndpoint:
     Args:
         manager: Whose models are served.
         table: Where the sessions are.
+        metrics: Who counts the bytes.
+        tracing: Who makes spans of what clients ask for, if anybody does.
         max_frame_bytes: Longest message that the server reads; clients are told.
     """
 
     def __init__(
-        self, manager: AsyncModelManager, table: SessionTable, *, max_frame_bytes: int
+        self,
+        manager: AsyncModelManager,
+        table: SessionTable,
+        metrics: Metrics,
+        *,
+        max_frame_bytes: int,
+        tracing: Tracing | None = None,
     ) -> None:
+        self._tracing = tracing
         self._manager = manager
         self._table = table
+        self._metrics = metrics
         self._max_frame_bytes = max_frame_bytes
         self._connections: set[_Connection] = set()
         self._draining = False
@@ -85,6 +103,10 @@ class SessionEndpoint:
     def routes(self) -> list[BaseRoute]:
         """Return the routes: the WebSocket, and a word to who comes with plain HTTP."""
         return [WebSocketRoute(PATH, self.connect), Route(PATH, _upgrade_required)]
+
+    def reserved_on(self, device: str) -> int:
+        """Return the bytes that the caches of sessions have reserved on a device."""
+        return self._table.reserved_on(device)
 
     async def connect(self, websocket: WebSocket) -> None:
         """Serve one connection to its end.
@@ -97,7 +119,9 @@ class SessionEndpoint:
         model_id = websocket.path_params["model"]
         await self._check(model_id, websocket.scope["subprotocols"])
         await websocket.accept(subprotocol=SUBPROTOCOL)
-        connection = _Connection(websocket, self._table, model_id, self._max_frame_bytes)
+        connection = _Connection(
+            websocket, self._table, self._metrics, model_id, self._max_frame_bytes, self._tracing
+        )
         self._connections.add(connection)
         self._vacant.clear()
         try:
@@ -146,10 +170,18 @@ class _Connection:
     """One client's connection: reads its frames in order, and owns the tasks that answer steps."""
 
     def __init__(
-        self, websocket: WebSocket, table: SessionTable, model_id: str, max_frame_bytes: int
+        self,
+        websocket: WebSocket,
+        table: SessionTable,
+        metrics: Metrics,
+        model_id: str,
+        max_frame_bytes: int,
+        tracing: Tracing | None,
     ) -> None:
+        self._tracing = tracing
         self._websocket = websocket
         self._table = table
+        self._metrics = metrics
         self._model_id = model_id
         self._max_frame_bytes = max_frame_bytes
         self._tasks = asyncio.TaskGroup()
@@ -196,6 +228,7 @@ class _Connection:
 
     async def _handle(self, message: bytes) -> None:
         """Answer one frame, or start the task that will."""
+        self._metrics.received(self._model_id, PROTOCOL, len(message))
         try:
             frame = decode(message)
         except WireError as error:
@@ -203,6 +236,7 @@ class _Connection:
             if not error.header_ok:
                 await self._close(CLOSE_PROTOCOL_ERROR, "unreadable frame header")
             return
+        self._table.note_received(self, frame.session, len(message))
         try:
             await self._dispatch(frame)
         except ManagerError as error:
@@ -232,7 +266,8 @@ class _Connection:
     async def _open(self, frame: Frame) -> None:
         """Open a session."""
         wanted = _wishes(frame)
-        session = await self._table.open(self, self._model_id, **wanted)
+        with self._trace_of(wanted.pop(TRACEPARENT, None)):
+            session = await self._table.open(self, self._model_id, **wanted)
         await self._send(self._opened(session, frame))
 
     async def _fork(self, session: Session, frame: Frame) -> bytes:
@@ -285,11 +320,23 @@ class _Connection:
     async def _answer(self, session: Session, frame: Frame, work: _Work) -> None:
         """Do it, and answer."""
         try:
-            reply = await work(session, frame)
+            with self._traced(session, frame):
+                reply = await work(session, frame)
         except ManagerError as error:
             await self._send_refusal(frame, error)
         else:
+            session.sent += len(reply)
             await self._send(reply)
+
+    def _trace_of(self, traceparent: str | None) -> AbstractContextManager[None]:
+        """Return what lets a session be in its opener's trace, where there are traces."""
+        return nullcontext() if self._tracing is None else self._tracing.opener(traceparent)
+
+    def _traced(self, session: Session, frame: Frame) -> AbstractContextManager[None]:
+        """Return what makes a span of what is asked of a session, likewise."""
+        if self._tracing is None:
+            return nullcontext()
+        return self._tracing.step(session, frame.kind.name)
 
     # --- Frames that go --------------------------------------------------------------------
 
@@ -319,6 +366,7 @@ class _Connection:
             return
         try:
             await self._websocket.send_bytes(message)
+            self._metrics.sent(self._model_id, PROTOCOL, len(message))
         except WebSocketDisconnect:
             self._gone = True  # the reader finds out too, and ends the connection
 
@@ -338,12 +386,14 @@ def _wishes(frame: Frame) -> dict[str, Any]:
     Raises:
         BadOpenError: It asks for something else, or in another form.
     """
-    known = ("max_length", "rows", "rollback", "resume")
+    known = ("max_length", "rows", "rollback", "resume", TRACEPARENT)
     if unknown := sorted(frame.info.keys() - set(known)):
         raise BadOpenError(f"OPEN has {', '.join(known)} or nothing, found {', '.join(unknown)}")
     for name in ("rollback", "resume"):
         if not isinstance(frame.info.get(name, False), bool):
             raise BadOpenError(f"{name} must be true or false, found {frame.info[name]!r}")
+    if not isinstance(frame.info.get(TRACEPARENT, ""), str):
+        raise BadOpenError(f"{TRACEPARENT} must be text, as W3C has it")
     rows = frame.info.get("rows", 1)
     if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
         raise BadOpenError(f"rows must be a number of sequences, 1 or more, found {rows!r}")

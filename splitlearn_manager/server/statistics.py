@@ -62,9 +62,10 @@ class Durations:
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """Nanoseconds of the stages of a request that succeeded, and its rows."""
+    """Nanoseconds of the stages of a request that succeeded, its rows, and its positions in all."""
 
     rows: int
+    tokens: int
     queue: int
     compute_input: int
     compute_infer: int

@@ -47,6 +47,23 @@ class BatchLimits:
     piece: int = 512
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """When a step was run, by the batcher's clock.
+
+    Attributes:
+        queued: When it came.
+        began: When it had its turn, the first one of a prompt.
+        ended: When its answer was there.
+        together: How many steps shared its forward, the first one of a prompt.
+    """
+
+    queued: float
+    began: float
+    ended: float
+    together: int
+
+
 class ForwardMetrics(Protocol):
     """What the batcher reports."""
 
@@ -67,6 +84,8 @@ class _Job:
     answer: asyncio.Future[Outcome]
     queued: float
     begun: bool = False
+    began: float = 0.0
+    together: int = 1
 
     @property
     def rows(self) -> int:
@@ -93,6 +112,7 @@ class Batcher:
         joinable: What they can share at all.
         metrics: Who counts.
         clock: Monotonic seconds.
+        on_turn: Called with the turn of each step that was answered, in its caller's context.
     """
 
     def __init__(
@@ -102,12 +122,14 @@ class Batcher:
         joinable: Joinable,
         metrics: ForwardMetrics,
         clock: Callable[[], float] = time.monotonic,
+        on_turn: Callable[[Turn], None] | None = None,
     ) -> None:
         self._managed = managed
         self._limits = limits
         self._joinable = joinable
         self._metrics = metrics
         self._clock = clock
+        self._on_turn = on_turn
         self._steps: deque[_Job] = deque()
         self._prompts: deque[_Job] = deque()
         self._arrived = asyncio.Event()
@@ -132,6 +154,11 @@ class Batcher:
             job.answer.cancel()
         return self._task
 
+    @property
+    def waiting(self) -> int:
+        """Steps that wait for their turn, or for that of their next piece."""
+        return len(self._steps) + len(self._prompts)
+
     async def run(self, state: State, step: Step) -> Outcome:
         """Run a step when its turn comes.
 
@@ -143,7 +170,10 @@ class Batcher:
         job.answer.add_done_callback(job.drop)
         (self._steps if self._shares(state, step) else self._prompts).append(job)
         self._arrived.set()
-        return await job.answer
+        outcome = await job.answer
+        if self._on_turn is not None:
+            self._on_turn(Turn(job.queued, job.began, self._clock(), job.together))
+        return outcome
 
     def _shares(self, state: State, step: Step) -> bool:
         """Whether a step may be in one forward with others."""
@@ -269,7 +299,7 @@ class Batcher:
         now = self._clock()
         for job in jobs:
             if not job.begun:
-                job.begun = True
+                job.begun, job.began, job.together = True, now, len(jobs)
                 self._metrics.step_queued(self._managed.model_id, now - job.queued)
         return now
 
@@ -281,14 +311,20 @@ class Batchers:
         limits: How far sessions share forwards.
         metrics: Who counts.
         clock: Monotonic seconds.
+        on_turn: Called with the turn of each step that was answered, in its caller's context.
     """
 
     def __init__(
-        self, limits: BatchLimits, metrics: ForwardMetrics, clock: Callable[[], float]
+        self,
+        limits: BatchLimits,
+        metrics: ForwardMetrics,
+        clock: Callable[[], float],
+        on_turn: Callable[[Turn], None] | None = None,
     ) -> None:
         self._limits = limits
         self._metrics = metrics
         self._clock = clock
+        self._on_turn = on_turn
         self._running: dict[AsyncManagedModel, Batcher] = {}
         self._users: Counter[AsyncManagedModel] = Counter()
         self._ending: set[asyncio.Task[None]] = set()
@@ -298,7 +334,7 @@ class Batchers:
         batcher = self._running.get(managed)
         if batcher is None:
             can = _joinable(managed)
-            batcher = Batcher(managed, self._limits, can, self._metrics, self._clock)
+            batcher = Batcher(managed, self._limits, can, self._metrics, self._clock, self._on_turn)
             batcher.start()
             self._running[managed] = batcher
         self._users[managed] += 1
@@ -312,6 +348,13 @@ class Batchers:
             task = self._running.pop(managed).stop()
             self._ending.add(task)
             task.add_done_callback(self._ending.discard)
+
+    def waiting(self) -> Counter[str]:
+        """Return how many steps of each model wait for their turn; in any thread."""
+        waiting: Counter[str] = Counter()
+        for managed, batcher in tuple(self._running.items()):
+            waiting[managed.model_id] += batcher.waiting
+        return waiting
 
     async def ended(self) -> None:
         """Wait for the batchers that were stopped."""

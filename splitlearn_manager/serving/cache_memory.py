@@ -71,6 +71,10 @@ class CacheMemory:
         held = self._held.get(managed)
         return 0 if held is None else held.nbytes
 
+    def nbytes_on(self, device: str) -> int:
+        """Return what sessions have reserved on a device; in any thread."""
+        return sum(held.nbytes for held in tuple(self._held.values()) if held.device == device)
+
     def _begin(self, managed: AsyncManagedModel) -> Reservation:
         """Begin to reserve for a load."""
         device = str(getattr(managed.model, "device", "cpu"))

@@ -10,8 +10,11 @@ from splitlearn_manager.serving.batcher import Batcher, ForwardMetrics
 from splitlearn_manager.serving.step import State
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from splitlearn_manager.core.entries import AsyncManagedModel
     from splitlearn_manager.core.lease import Hold
+    from splitlearn_manager.serving.usage import ModelUsage
     from splitlearn_manager.serving.wire import CloseReason, Frame
 
 
@@ -30,12 +33,34 @@ class SessionOwner(Protocol):
 class SessionMetrics(ForwardMetrics, Protocol):
     """What the table reports."""
 
-    def sessions_open(self, model_id: str, change: int) -> None:
-        """Count a session that was opened (1) or has ended (-1)."""
+    def follow_sessions(self, usage: Callable[[], Mapping[str, ModelUsage]]) -> None:
+        """Remember how to find out what sessions take."""
         ...
 
-    def session_step(self, model_id: str, code: str, seconds: float, tokens: int) -> None:
+    def session_opened(self, model_id: str) -> None:
+        """Count a session that was opened."""
+        ...
+
+    def session_ended(self, model_id: str, reason: str) -> None:
+        """Count a session that has ended, and why."""
+        ...
+
+    def session_step(
+        self, model_id: str, code: str, seconds: float, tokens: int, phase: str
+    ) -> None:
         """Count a step: its outcome (`ok` or an error's code), how long it took, its positions."""
+        ...
+
+
+class SessionObserver(Protocol):
+    """Who hears of every session, in the task that opens or ends it; must not block."""
+
+    def session_opened(self, session: Session) -> None:
+        """Hear that a session was opened."""
+        ...
+
+    def session_ended(self, session: Session, reason: CloseReason) -> None:
+        """Hear that it has ended."""
         ...
 
 
@@ -88,6 +113,10 @@ class Session:
             with its connection.
         last: The step that was answered last, where it may have to be answered again.
         absence: What ends it unless its client comes back, while it has no connection.
+        steps: Steps that it was sent, refused ones too.
+        tokens: Positions that were computed for it, times rows.
+        received: Bytes of frames that came for it.
+        sent: Bytes of the answers to them.
     """
 
     id: int
@@ -103,6 +132,10 @@ class Session:
     token: str = ""
     last: Answered | None = None
     absence: asyncio.Task[None] | None = None
+    steps: int = 0
+    tokens: int = 0
+    received: int = 0
+    sent: int = 0
 
     @property
     def model_id(self) -> str:

@@ -18,13 +18,13 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from splitlearn_manager.errors import ManagerError
-from splitlearn_manager.serving.batcher import Batchers, BatchLimits
+from splitlearn_manager.serving.batcher import LONGEST_TOGETHER, Batchers, BatchLimits, Turn
 from splitlearn_manager.serving.cache_memory import BLOCK, CacheMemory, bytes_for
 from splitlearn_manager.serving.errors import (
     BadOpenError,
@@ -38,8 +38,15 @@ from splitlearn_manager.serving.errors import (
     TooManySessionsError,
     UnknownSessionError,
 )
-from splitlearn_manager.serving.session import Answered, Session, SessionMetrics, SessionOwner
+from splitlearn_manager.serving.session import (
+    Answered,
+    Session,
+    SessionMetrics,
+    SessionObserver,
+    SessionOwner,
+)
 from splitlearn_manager.serving.step import Contract, State, Step, check_step
+from splitlearn_manager.serving.usage import ModelUsage
 from splitlearn_manager.serving.wire import CloseReason, Frame, Kind, encode
 
 if TYPE_CHECKING:
@@ -77,6 +84,8 @@ class SessionTable:
         resume_timeout: Seconds that a session waits for its client, whose connection was lost; 0
             ends it with its connection.
         metrics: Who counts.
+        observers: Who hears of every session.
+        on_turn: Called with the turn of each step, in the context of its caller.
         limits: How far sessions share forwards.
         clock: Monotonic seconds.
         sleep: Waits for so many of them.
@@ -90,6 +99,8 @@ class SessionTable:
         idle_timeout: float,
         resume_timeout: float = 0.0,
         metrics: SessionMetrics,
+        observers: Sequence[SessionObserver] = (),
+        on_turn: Callable[[Turn], None] | None = None,
         limits: BatchLimits = BatchLimits(),  # noqa: B008 - it can't be changed
         clock: Clock = time.monotonic,
         sleep: Sleep = asyncio.sleep,
@@ -99,9 +110,10 @@ class SessionTable:
         self.resume_timeout = resume_timeout
         self._manager = manager
         self._metrics = metrics
+        self._observers = observers
         self._clock = clock
         self._sleep = sleep
-        self._batchers = Batchers(limits, metrics, clock)
+        self._batchers = Batchers(limits, metrics, clock, on_turn)
         self._memory = CacheMemory(manager.resource_manager)
         self._sessions: dict[int, Session] = {}  # the one used longest ago comes first
         self._draining = False
@@ -110,6 +122,8 @@ class SessionTable:
         self._empty.set()
         self._expiry: asyncio.Task[None] | None = None
         self._absences: set[asyncio.Task[None]] = set()
+        self._measured: dict[int, tuple[float, int]] = {}
+        metrics.follow_sessions(self.usage)
 
     async def __aenter__(self) -> Self:
         """Begin to expire idle sessions."""
@@ -134,6 +148,31 @@ class SessionTable:
     def __len__(self) -> int:
         """Return how many sessions there are."""
         return len(self._sessions)
+
+    def usage(self) -> dict[str, ModelUsage]:
+        """Return what the sessions of each model take now; may be called in any thread.
+
+        To measure a cache takes a look at each of its tensors, so those that had no step since the
+        last time are not measured again.
+        """
+        found = {model: ModelUsage(waiting=n) for model, n in self._batchers.waiting().items()}
+        measured = {}
+        for session in self._all():
+            usage, state = found.setdefault(session.model_id, ModelUsage()), session.state
+            used, nbytes = self._measured.get(session.id, (-1.0, 0))
+            if used != session.last_used:
+                used, nbytes = session.last_used, _allocated(state.cache, nbytes)
+            measured[session.id] = used, nbytes
+            usage.sessions += 1
+            usage.tokens += state.length * (state.batch or 0)
+            usage.allocated_bytes += nbytes
+            usage.reserved_bytes += state.reserved
+        self._measured = measured
+        return found
+
+    def reserved_on(self, device: str) -> int:
+        """Return the bytes that caches have reserved on a device; may be called in any thread."""
+        return self._memory.nbytes_on(device)
 
     # --- A session's life ------------------------------------------------------------------
 
@@ -261,6 +300,12 @@ class SessionTable:
         self._touch(session)
         return session
 
+    def note_received(self, owner: SessionOwner, session_id: int, nbytes: int) -> None:
+        """Count the bytes of a frame for the session that it is of, if there is one."""
+        session = self._sessions.get(session_id)
+        if session is not None and session.owner is owner:
+            session.received += nbytes
+
     async def step(self, session: Session, frame: Frame) -> bytes:
         """Run one step of a claimed session, and return the RESULT frame that answers it.
 
@@ -282,8 +327,13 @@ class SessionTable:
             session.ending = session.ending or CloseReason.INTERNAL
             raise
         finally:
-            tokens = (session.state.length - before) * (session.state.batch or 0)
-            self._metrics.session_step(session.model_id, code, self._clock() - started, tokens)
+            new = session.state.length - before
+            tokens = new * (session.state.batch or 0)
+            phase = "decode" if before and new <= LONGEST_TOGETHER else "prefill"
+            session.steps += 1
+            session.tokens += tokens
+            seconds = self._clock() - started
+            self._metrics.session_step(session.model_id, code, seconds, tokens, phase)
 
     async def roll_back(self, session: Session, frame: Frame) -> bytes:
         """Let a claimed session forget the positions from the frame's on; return the answer.
@@ -562,7 +612,9 @@ class SessionTable:
         self._sessions[session.id] = session
         self._occupied.set()
         self._empty.clear()
-        self._metrics.sessions_open(session.model_id, 1)
+        self._metrics.session_opened(session.model_id)
+        for observer in self._observers:
+            observer.session_opened(session)
         logger.debug("session %#010x of %s opened", session.id, session.model_id)
 
     def _remove(self, session: Session, reason: CloseReason) -> None:
@@ -578,7 +630,9 @@ class SessionTable:
         if not self._sessions:
             self._occupied.clear()
             self._empty.set()
-        self._metrics.sessions_open(session.model_id, -1)
+        self._metrics.session_ended(session.model_id, reason)
+        for observer in self._observers:
+            observer.session_ended(session, reason)
         logger.debug("session %#010x of %s: %s", session.id, session.model_id, reason)
         session.owner.session_closed(session, reason)
 
@@ -604,6 +658,14 @@ class _Nobody:
 
     def session_closed(self, session: Session, reason: CloseReason) -> None:
         """Tell nobody."""
+
+
+def _allocated(cache: Any, before: int) -> int:
+    """Return the bytes of a cache, or what they were, while a forward adds layers to it."""
+    try:
+        return int(getattr(cache, "allocated_nbytes", 0))
+    except RuntimeError:  # something changed its size while it was gone through
+        return before
 
 
 def _record_past(state: State) -> None:

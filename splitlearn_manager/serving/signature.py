@@ -126,6 +126,12 @@ class Job:
     wanted: tuple[RequestedOutput, ...]
     batch: int
 
+    @property
+    def tokens(self) -> int:
+        """Positions, times rows: every model's first input is [batch, positions, …]."""
+        _, first = next(iter(self.inputs.values()))
+        return math.prod(first.shape[:2])
+
 
 @dataclass(frozen=True, slots=True)
 class Signature:

@@ -82,9 +82,9 @@ def test_every_problem_of_a_file_is_told_with_line_and_key(file: Path) -> None:
         f"{file}:2: server.port: should be a valid integer, found '9000' (str)",
         (
             f"{file}:3: server.hots: unknown key; did you mean 'host'? Known are"
-            " drain_timeout, host, log_format, log_level, management, max_batch_size,"
+            " access_log, drain_timeout, host, log_format, log_level, management, max_batch_size,"
             " max_frame_bytes, max_queue_size, max_sessions, port, prefill_chunk_size,"
-            " session_idle_timeout, session_resume_timeout, threads, token_env, token_file"
+            " session_idle_timeout, session_resume_timeout, threads, token_env, token_file, tracing"
         ),
         f"{file}:5: models[0].model_path: is missing",
         (

@@ -227,12 +227,16 @@ async def test_a_connection_that_is_kept_alive_does_not_hold_the_end(serve: Any)
 
 
 def test_run_sets_up_logging_and_gives_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    levels: list[tuple[str, ...]] = []
-    monkeypatch.setattr(daemon_module, "configure_logging", lambda *args: levels.append(args))
+    levels: list[tuple[object, ...]] = []
+    monkeypatch.setattr(
+        daemon_module,
+        "configure_logging",
+        lambda *args, access_log: levels.append((*args, access_log)),
+    )
     monkeypatch.setattr(daemon_module.Daemon, "run", lambda self: self.stop() or 7)
 
     assert daemon_module.run(config(log_level="debug")) == 7
-    assert levels == [("debug", "text")]
+    assert levels == [("debug", "text", False)]
 
 
 # --- A process of its own --------------------------------------------------------------------

@@ -123,9 +123,11 @@ def test_memory_is_shown_for_each_device() -> None:
 def test_two_daemons_in_a_process_count_apart() -> None:
     one, other = Metrics(), Metrics()
 
-    one.sessions_open("trunk", 1)
+    one.session_opened("trunk")
 
-    assert other.registry.get_sample_value("splitlearn_sessions_open", {"model": "trunk"}) is None
+    opened = "splitlearn_sessions_opened_total"
+    assert one.registry.get_sample_value(opened, {"model": "trunk"}) == 1
+    assert other.registry.get_sample_value(opened, {"model": "trunk"}) is None
 
 
 def test_json_logs_have_the_fields_of_the_record() -> None:

@@ -612,5 +612,5 @@ async def test_what_happens_is_counted(table: SessionTable, metrics: Metrics, pa
     assert value("splitlearn_session_steps_total", code="ok") == 1
     assert value("splitlearn_session_steps_total", code="bad_position") == 1
     assert value("splitlearn_session_steps_total", code="internal") == 1
-    assert value("splitlearn_session_tokens_total") == 6
+    assert value("splitlearn_session_tokens_total", phase="prefill") == 6
     assert value("splitlearn_session_step_duration_seconds_count") == 3

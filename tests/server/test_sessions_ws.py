@@ -196,6 +196,7 @@ async def test_a_refused_frame_is_answered_and_the_connection_goes_on(client: Cl
         (Frame(Kind.OPENED, 5), "bad_frame"),
         (Frame(Kind.OPEN, 5, info={"max_length": "x"}), "bad_open"),
         (Frame(Kind.OPEN, 5, info={"length": 1}), "bad_open"),
+        (Frame(Kind.OPEN, 5, info={"traceparent": 1}), "bad_open"),
         (Frame(Kind.OPEN, 5, info={"max_length": 17}), "too_long"),
         (Frame(Kind.CLOSE, 5, 99), "unknown_session"),
         (step(99, request=5), "unknown_session"),
@@ -432,7 +433,7 @@ async def test_a_client_that_does_not_read_is_not_read_either(manager: Any, fram
     async with SessionTable(
         manager, max_sessions=100, idle_timeout=300, metrics=Metrics()
     ) as table:
-        endpoint = SessionEndpoint(manager, table, max_frame_bytes=1024)
+        endpoint = SessionEndpoint(manager, table, Metrics(), max_frame_bytes=1024)
         serving = asyncio.create_task(endpoint.connect(websocket))
         await until(lambda: len(peer.sent) == 2)
 
