@@ -219,7 +219,7 @@ def test_steps_with_a_cache_continue(trunk: RemoteTrunk, part: FakePart) -> None
     assert part.calls[0]["past_key_values"] is part.calls[1]["past_key_values"]
 
 
-def test_what_counts_by_itself_is_not_sent(trunk: RemoteTrunk, part: FakePart) -> None:
+def test_a_mask_of_ones_is_not_sent(trunk: RemoteTrunk, part: FakePart) -> None:
     cache = trunk.new_cache()
     for start, new in ((0, 3), (3, 1)):
         trunk(
@@ -230,7 +230,7 @@ def test_what_counts_by_itself_is_not_sent(trunk: RemoteTrunk, part: FakePart) -
         )
 
     assert [call["attention_mask"] for call in part.calls] == [None, None]
-    assert [call["position_ids"] for call in part.calls] == [None, None]
+    assert [call["position_ids"].tolist() for call in part.calls] == [[[0, 1, 2]] * 2, [[3]] * 2]
 
 
 def test_a_padded_batch_arrives_whole(trunk: RemoteTrunk, part: FakePart) -> None:
