@@ -11,6 +11,32 @@ from urllib.parse import urlsplit
 _PIECE = 1 << 16
 
 
+class _Pair:
+    """Two ends of one connection, which are closed when nobody carries between them any more."""
+
+    def __init__(self, *ends: socket.socket) -> None:
+        self._ends = ends
+        self._carriers = 2
+        self._is_shut = False
+
+    def shut(self) -> bool:
+        """Let nothing more pass; return whether something did."""
+        was_shut, self._is_shut = self._is_shut, True
+        for end in self._ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        return not was_shut
+
+    def leave(self) -> bool:
+        """Note that somebody carries no more; return whether nobody does."""
+        self._carriers -= 1
+        self.shut()
+        if not self._carriers:
+            for end in self._ends:
+                end.close()
+        return not self._carriers
+
+
 class Wire:
     """Goes between client and server, and can be cut.
 
@@ -37,7 +63,7 @@ class Wire:
         # the daemon checks Host, which names the port that a client sees
         self._ports = f"127.0.0.1:{port}".encode(), f"127.0.0.1:{target.port}".encode()
         self._lock = threading.Lock()
-        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._pairs: list[_Pair] = []
         self._left: dict[bool, int] = {}  # to the server or not -> bytes until the cut
         self._held_until = 0.0
         self._threads: list[threading.Thread] = []
@@ -47,14 +73,9 @@ class Wire:
 
     def cut(self) -> None:
         """Cut every connection there is."""
-        with self._lock:
+        with self._lock:  # none is closed meanwhile, and its number given to another
             self._left.clear()
-            pairs, self._pairs = self._pairs, []
-            self.cuts += bool(pairs)
-        for pair in pairs:
-            for end in pair:
-                with suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
+            self.cuts += sum(pair.shut() for pair in self._pairs) > 0
 
     def cut_after(self, nbytes: int, *, to_server: bool = False) -> None:
         """Cut in the middle of what is carried next."""
@@ -90,24 +111,35 @@ class Wire:
                 for end in (client, server):
                     end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
                 self.connections += 1
+                pair = _Pair(client, server)
                 with self._lock:
-                    self._pairs.append((client, server))
-                self._start(self._carry, client, server, True)
-                self._start(self._carry, server, client, False)
+                    self._pairs.append(pair)
+                self._start(self._carry, pair, client, server, True)
+                self._start(self._carry, pair, server, client, False)
 
-    def _carry(self, source: socket.socket, sink: socket.socket, to_server: bool) -> None:
-        with suppress(OSError), source, sink:
-            while data := source.recv(_PIECE):
-                if to_server:
-                    data = data.replace(*self._ports)
-                else:
-                    self._wait()
-                allowed = self._allowed(len(data), to_server=to_server)
-                sink.sendall(data[:allowed])
-                if allowed < len(data):
-                    self.cut()
-                    return
-            sink.shutdown(socket.SHUT_WR)
+    def _carry(
+        self, pair: _Pair, source: socket.socket, sink: socket.socket, to_server: bool
+    ) -> None:
+        try:
+            with suppress(OSError):
+                self._carry_all(source, sink, to_server=to_server)
+        finally:
+            with self._lock:
+                if pair.leave():
+                    self._pairs.remove(pair)
+
+    def _carry_all(self, source: socket.socket, sink: socket.socket, *, to_server: bool) -> None:
+        while data := source.recv(_PIECE):
+            if to_server:
+                data = data.replace(*self._ports)
+            else:
+                self._wait()
+            allowed = self._allowed(len(data), to_server=to_server)
+            sink.sendall(data[:allowed])
+            if allowed < len(data):
+                self.cut()
+                return
+        sink.shutdown(socket.SHUT_WR)
 
     def _wait(self) -> None:
         """Wait while the wire is held."""
