@@ -1,6 +1,7 @@
 """Run a long campaign: seeded trials, each of which is right or says what is wrong.
 
-A campaign is a module in `soaks/` with `run(seed, count)`, and an entry in the table below.
+A campaign is a module in `soaks/` with `run(seed, count)`, or `run(seed, minutes)`, and an entry in
+the table below.
 """
 
 from __future__ import annotations
@@ -25,17 +26,22 @@ class Campaign:
     Attributes:
         module: In `soaks/`.  Its `run(seed, count)` yields, for each trial, what was tried and what
             is wrong with what came of it: nothing, as a rule.
-        count: How many trials at full length.
+        count: How many trials at full length; minutes, where it goes by these.
         summary: What is tried.
+        function: Its name, where it is not `run`.
+        timed: Whether it is given minutes.
     """
 
     module: str
     count: int
     summary: str
+    function: str = "run"
+    timed: bool = False
 
-    def run(self, seed: int, count: int | None) -> Iterator[tuple[str, str]]:
+    def run(self, seed: int, length: float | None) -> Iterator[tuple[str, str]]:
         """Yield each trial, and what is wrong."""
-        yield from importlib.import_module(f"soaks.{self.module}").run(seed, count or self.count)
+        module = importlib.import_module(f"soaks.{self.module}")
+        yield from getattr(module, self.function)(seed, length or self.count)
 
 
 CAMPAIGNS = {
@@ -58,6 +64,15 @@ CAMPAIGNS = {
     "lifecycle": Campaign(
         "lifecycle", 12_000, "random operations on a manager, which is looked at after each"
     ),
+    "sessions": Campaign(
+        "sessions", 10, "16 clients run, stall, roll back, vanish and come back", timed=True
+    ),
+    "sessions-recurrent": Campaign(
+        "sessions", 10, "the same with a recurrent model", "run_recurrent", timed=True
+    ),
+    "sessions-hybrid": Campaign(
+        "sessions", 10, "the same with a hybrid model", "run_hybrid", timed=True
+    ),
 }
 
 
@@ -68,21 +83,27 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="say what there is")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, help="trials; as many as the table says if left out")
+    parser.add_argument("--minutes", type=float, help="likewise, for what goes by time")
     arguments = parser.parse_args()
     if arguments.list:
-        print(*(f"{name:15} {c.summary}" for name, c in CAMPAIGNS.items()), sep="\n")
+        print(*(f"{name:20} {c.summary}" for name, c in CAMPAIGNS.items()), sep="\n")
         return 0
     if arguments.name is None:
         parser.error(f"name one of {', '.join(CAMPAIGNS)}")
-    print(f"{arguments.name}: {CAMPAIGNS[arguments.name].summary}; seed {arguments.seed}")
-    return _soak(arguments.name, arguments.seed, arguments.count)
+    campaign = CAMPAIGNS[arguments.name]
+    wrong = "--count" if campaign.timed else "--minutes"
+    if getattr(arguments, wrong.strip("-")) is not None:
+        parser.error(f"{arguments.name} has no {wrong}")
+    print(f"{arguments.name}: {campaign.summary}; seed {arguments.seed}")
+    length = arguments.minutes if campaign.timed else arguments.count
+    return _soak(arguments.name, arguments.seed, length)
 
 
-def _soak(name: str, seed: int, count: int | None) -> int:
+def _soak(name: str, seed: int, length: float | None) -> int:
     """Run a campaign; report now and then, and whatever is wrong at once."""
     begin = reported = time.monotonic()
     tried = failed = 0
-    for what, wrong in CAMPAIGNS[name].run(seed, count):
+    for what, wrong in CAMPAIGNS[name].run(seed, length):
         tried += 1
         if wrong:
             failed += 1

@@ -291,14 +291,18 @@ class ChainCache(Cache):
         Raises:
             CacheMismatchError: An earlier step failed.
         """
+        self._refuse_if_uneven()
+        self._uneven = True
+        yield
+        self._uneven = False
+
+    def _refuse_if_uneven(self) -> None:
+        """Raise if a step failed half-way."""
         if self._uneven:
             raise CacheMismatchError(
                 "a step with this cache failed half-way, so that its parts hold different"
                 " positions; begin again with new_cache()"
             )
-        self._uneven = True
-        yield
-        self._uneven = False
 
     @property
     def is_compileable(self) -> bool:
@@ -354,6 +358,16 @@ class ChainCache(Cache):
         calls = self._calls("reset")
         self._uneven = False
         self._run(calls)
+
+    def copy(self) -> ChainCache:
+        """Return another cache that holds the same in every part, and goes its own way.
+
+        Raises:
+            CacheMismatchError: An earlier step failed.
+            NotImplementedError: A part that is elsewhere can't copy its cache.
+        """
+        self._refuse_if_uneven()
+        return type(self)(call() for call in self._calls("copy"))
 
     def close(self) -> None:
         """End the sessions of parts that are elsewhere."""

@@ -110,14 +110,27 @@ class SessionConnection:
                 opened = self._ask(Frame(Kind.OPEN, info=wishes), Kind.OPENED)
             except RemoteSessionClosed as error:
                 raise RemoteUnavailable(str(error)) from error
-            session = RemoteSession(
-                opened.session,
-                opened.info.get("max_frame_bytes"),
-                str(opened.info.get("resume") or ""),
-            )
-            self._live.add(session.id)
-            self._sessions[session.id] = session
-            return session
+            return self._take(opened)
+
+    def fork_session(self, session: RemoteSession) -> RemoteSession:
+        """Open a session that holds what another holds; raises as `step` does.
+
+        Where the connection is lost before the answer came, the server may have made two; the one
+        that nobody knows of ends there by itself.
+        """
+        with self._turn:
+            return self._take(self._ask_twice(session, Frame(Kind.FORK), Kind.OPENED))
+
+    def _take(self, opened: Frame) -> RemoteSession:
+        """Return the session that an OPENED is about."""
+        session = RemoteSession(
+            opened.session,
+            opened.info.get("max_frame_bytes"),
+            str(opened.info.get("resume") or ""),
+        )
+        self._live.add(session.id)
+        self._sessions[session.id] = session
+        return session
 
     def step(self, session: RemoteSession, frame: Frame) -> Frame:
         """Run a step, and return its RESULT.
@@ -132,27 +145,28 @@ class SessionConnection:
             RemoteUnavailable: No answer came in time; the session is given up.
             ValueError: The step is longer than the server reads.
         """
-        return self._ask_of(session, frame, Kind.RESULT)
+        with self._turn:
+            return self._ask_twice(session, frame, Kind.RESULT)
 
     def change(self, session: RemoteSession, frame: Frame) -> None:
         """Ask for what changes a session without a step; raises as `step` does."""
-        self._ask_of(session, frame, Kind.DONE)
-
-    def _ask_of(self, session: RemoteSession, frame: Frame, expected: Kind) -> Frame:
-        """Ask something of a session, once more if the connection was lost on the way."""
         with self._turn:
-            if session.ended is not None:
-                raise _closed(session)
-            if session.lost:
-                self._resume(session)
-            frame = replace(frame, session=session.id, request=self._next_request())
-            try:
-                return self._ask(frame, expected, session)
-            except RemoteSessionClosed:
-                if not session.lost:
-                    raise
+            self._ask_twice(session, frame, Kind.DONE)
+
+    def _ask_twice(self, session: RemoteSession, frame: Frame, expected: Kind) -> Frame:
+        """Ask something of a session, once more if the connection was lost on the way."""
+        if session.ended is not None:
+            raise _closed(session)
+        if session.lost:
             self._resume(session)
+        frame = replace(frame, session=session.id, request=self._next_request())
+        try:
             return self._ask(frame, expected, session)
+        except RemoteSessionClosed:
+            if not session.lost:
+                raise
+        self._resume(session)
+        return self._ask(frame, expected, session)
 
     def _resume(self, session: RemoteSession) -> None:
         """Take a session to a new connection.

@@ -199,7 +199,8 @@ class RemoteTrunk:
                 `HiddenState` that the part before returned.
             attention_mask: int64 [batch, past + new], 0 for padding.  What was sent with earlier
                 steps can't change.
-            position_ids: int64 [batch, new]; counted from the cache's length when left out.
+            position_ids: int64 [batch, new]; when left out, the model counts by itself, most of
+                them from the cache's length.
             past_key_values: From this part's `new_cache()`; filled in place.  Without one, the
                 step has a session of its own.
             use_cache: As for a local part: a cache that is given is filled, and none is returned.
@@ -292,6 +293,16 @@ class RemoteTrunk:
         weakref.finalize(session, attendant.abandon, session.id).atexit = False
         return session
 
+    def _fork_session(self, session: RemoteSession) -> RemoteSession:
+        """Open a session that holds what another holds; closed as that one is."""
+        with self._lock:
+            self._refuse_if_closed()
+            attendant = self._attendant
+        fork = self._connection.fork_session(session)
+        if attendant is not None:  # there is one since the first session
+            weakref.finalize(fork, attendant.abandon, fork.id).atexit = False
+        return fork
+
     def _refuse_if_closed(self) -> None:
         """Raise if the part was closed."""
         if self._closed:
@@ -363,7 +374,7 @@ class RemoteCache:
             columns = mask[:, self._length :]
             tensors.append(tensor_to_wire(TensorName.ATTENTION_MASK, columns))
         if position_ids is not None:
-            tensors += self._positions(position_ids, batch, new, masked=mask is not None)
+            tensors.append(self._positions(position_ids, batch, new))
         answer = self._send(tuple(tensors))
         result = tensor_from_wire(_result_of(answer, tensors[0]))
         side = {v.name: v.from_wire(answer, batch, new) for v in self.trunk.side_outputs}
@@ -408,6 +419,19 @@ class RemoteCache:
             self._change(Frame(Kind.ROLL_BACK, position=length))
             self._length = length
             self._mask = None if self._mask is None else self._mask[:, :length]
+
+    def copy(self) -> RemoteCache:
+        """Return another cache that holds the same, in a session of its own.
+
+        Raises:
+            RemoteSessionClosed: (a `ConnectionError`) The session is gone.
+            RemoteUnavailable: (a `ConnectionError`) The server has no room for another.
+        """
+        other = RemoteCache(self.trunk)
+        other.__dict__.update(self.__dict__)
+        if self._session is not None:
+            other._session = self.trunk._fork_session(self._session)  # noqa: SLF001 - as above
+        return other
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Let the rows be those that are named, each as often as it is."""
@@ -456,19 +480,19 @@ class RemoteCache:
             )
         return None if self._mask is None and bool(mask.all()) else mask
 
-    def _positions(
-        self, given: torch.Tensor, batch: int, new: int, *, masked: bool
-    ) -> list[WireTensor]:
-        """Return the position ids to send: none where the server counts the same by itself."""
+    @staticmethod
+    def _positions(given: torch.Tensor, batch: int, new: int) -> WireTensor:
+        """Return the position ids to send.
+
+        Also those that count on from the cache's length: where none come, a few models count each
+        step from 0, as transformers lets them.
+        """
         if given.shape not in {(batch, new), (1, new)}:
             raise ValueError(
                 f"position_ids must be [batch, new], here {[batch, new]}, found {list(given.shape)}"
             )
         ids = given.detach().cpu().to(torch.int64).expand(batch, new)
-        counted = torch.arange(self._length, self._length + new)
-        if not masked and bool((ids == counted).all()):
-            return []
-        return [tensor_to_wire(TensorName.POSITION_IDS, ids)]
+        return tensor_to_wire(TensorName.POSITION_IDS, ids)
 
     def reset(self) -> None:
         """Forget all positions; the next step begins a new session."""

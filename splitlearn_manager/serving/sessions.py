@@ -480,10 +480,16 @@ class SessionTable:
         while True:
             while not self._sessions:
                 await self._occupied.wait()
-            oldest = next(iter(self._sessions.values()))
-            left = oldest.last_used + self.idle_timeout - self._clock()
-            await self._sleep(max(left, _SHORTEST_SLEEP))
+            await self._sleep(max(self._until_idle(), _SHORTEST_SLEEP))
             self.close_idle()
+
+    def _until_idle(self) -> float:
+        """Return the seconds until a session can expire.
+
+        By itself, so that whoever sleeps keeps no session, nor its load of a model.
+        """
+        oldest = next(iter(self._sessions.values()))
+        return oldest.last_used + self.idle_timeout - self._clock()
 
     def _model_goes(self, session: Session, error: ManagerError) -> None:
         """End a session whose model can't wait for it any longer."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import socket
-import threading
 from collections.abc import Iterator
-from contextlib import closing, suppress
-from urllib.parse import urlsplit
+from contextlib import closing
 
 import pytest
 import torch
+from cut_wire import Wire
 from joining import load_ends
 from serving_fakes import OnePart, daemon_in_thread, trunk_config
 
@@ -19,65 +17,6 @@ from splitlearn_manager.client import RemoteTrunk
 from splitlearn_manager.client.errors import RemoteSessionClosed
 from splitlearn_manager.config import DaemonConfig
 from splitlearn_manager.server.daemon import Daemon
-
-
-class Wire:
-    """Goes between client and server, and can be cut.
-
-    `cut_after(n)` cuts when the server has sent so many more bytes, which do not arrive.
-    """
-
-    def __init__(self, target: tuple[str, int]) -> None:
-        self._target = target
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        port = self._listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        # the daemon checks Host, which names the port that a client sees
-        self._ports = f"127.0.0.1:{port}".encode(), f"127.0.0.1:{target[1]}".encode()
-        self._pairs: list[tuple[socket.socket, socket.socket]] = []
-        self._left: int | None = None
-        self.connections = 0
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def cut(self) -> None:
-        for pair in self._pairs:
-            for end in pair:
-                with suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
-        self._pairs.clear()
-
-    def cut_after(self, nbytes: int) -> None:
-        self._left = nbytes
-
-    def close(self) -> None:
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
-        self._listener.close()
-        self.cut()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                server = socket.create_connection(self._target)
-                self.connections += 1
-                self._pairs.append((client, server))
-                for source, sink, counted in ((client, server, False), (server, client, True)):
-                    threading.Thread(
-                        target=self._carry, args=(source, sink, counted), daemon=True
-                    ).start()
-
-    def _carry(self, source: socket.socket, sink: socket.socket, counted: bool) -> None:
-        with suppress(OSError), source, sink:
-            while data := source.recv(1 << 16):
-                if counted and self._left is not None:
-                    self._left -= len(data)
-                    if self._left <= 0:
-                        self._left = None
-                        self.cut()
-                        return
-                sink.sendall(data if counted else data.replace(*self._ports))
-            sink.shutdown(socket.SHUT_WR)
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +37,7 @@ def daemon(part: SplitModel) -> Iterator[Daemon]:
 
 @pytest.fixture
 def wire(daemon: Daemon) -> Iterator[Wire]:
-    parts = urlsplit(daemon.url)
-    assert parts.hostname is not None
-    assert parts.port is not None
-    with closing(Wire((parts.hostname, parts.port))) as wire:
+    with closing(Wire(daemon.url)) as wire:
         yield wire
 
 
@@ -148,6 +84,46 @@ def test_rows_are_reordered_once(part: SplitModel, wire: Wire) -> None:
     assert torch.equal(found, local(part, first[[1, 0]], second))
 
 
+@pytest.mark.parametrize("when", ["before it is asked", "before the answer", "never"])
+def test_a_copy_goes_its_own_way(part: SplitModel, wire: Wire, when: str) -> None:
+    first, one, other = given(5, 0), given(1, 1), given(1, 2)
+    with RemoteTrunk(wire.url, "trunk") as trunk, torch.inference_mode():
+        cache = trunk.new_cache()
+        trunk(first, past_key_values=cache)
+        if when == "before it is asked":
+            wire.cut()
+        elif when == "before the answer":
+            wire.cut_after(1)
+        copy = cache.copy()
+        found = [trunk(one, past_key_values=cache), trunk(other, past_key_values=copy)]
+
+    assert torch.equal(found[0], local(part, first, one))
+    assert torch.equal(found[1], local(part, first, other))
+
+
+def test_an_empty_cache_has_a_copy_that_begins_by_itself(part: SplitModel, wire: Wire) -> None:
+    with RemoteTrunk(wire.url, "trunk") as trunk, torch.inference_mode():
+        cache = trunk.new_cache()
+        copy = cache.copy()
+        trunk(given(5, 0), past_key_values=cache)
+        found = trunk(given(4, 1), past_key_values=copy)
+
+    assert torch.equal(found, local(part, given(4, 1)))
+
+
+def test_a_copy_that_nobody_wants_is_closed(daemon: Daemon) -> None:
+    with RemoteTrunk(daemon.url, "trunk") as trunk, torch.inference_mode():
+        cache = trunk.new_cache()
+        trunk(given(5, 0), past_key_values=cache)
+        cache.copy().close()
+        assert sessions_open(daemon) == 1
+
+
+def sessions_open(daemon: Daemon) -> float:
+    labels = {"model": "trunk"}
+    return daemon.metrics.registry.get_sample_value("splitlearn_sessions_open", labels) or 0.0
+
+
 def test_a_goodbye_leaves_no_session_behind(daemon: Daemon) -> None:
     # The caches are held: one that is dropped gives its session back by itself.
     with RemoteTrunk(daemon.url, "trunk") as trunk, torch.inference_mode():
@@ -156,10 +132,7 @@ def test_a_goodbye_leaves_no_session_behind(daemon: Daemon) -> None:
     with RemoteTrunk(daemon.url, "trunk") as trunk, torch.inference_mode():
         second = trunk.new_cache()
         trunk(given(5, 0), past_key_values=second)
-        sessions = daemon.metrics.registry.get_sample_value(
-            "splitlearn_sessions_open", {"model": "trunk"}
-        )
-    assert sessions == 1
+        assert sessions_open(daemon) == 1
 
 
 def test_a_server_that_is_gone_is_said_to_be(wire: Wire) -> None:

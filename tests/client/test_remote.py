@@ -75,6 +75,11 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
+def attendants() -> set[threading.Thread]:
+    """Return the threads that tend connections; those of tests before this may just be ending."""
+    return {t for t in threading.enumerate() if t.name == "splitlearn-remote-attendant"}
+
+
 def ones(batch: int = 1, new: int = 1) -> torch.Tensor:
     return torch.ones(batch, new, 4)
 
@@ -219,7 +224,7 @@ def test_steps_with_a_cache_continue(trunk: RemoteTrunk, part: FakePart) -> None
     assert part.calls[0]["past_key_values"] is part.calls[1]["past_key_values"]
 
 
-def test_what_counts_by_itself_is_not_sent(trunk: RemoteTrunk, part: FakePart) -> None:
+def test_a_mask_of_ones_is_not_sent(trunk: RemoteTrunk, part: FakePart) -> None:
     cache = trunk.new_cache()
     for start, new in ((0, 3), (3, 1)):
         trunk(
@@ -230,7 +235,7 @@ def test_what_counts_by_itself_is_not_sent(trunk: RemoteTrunk, part: FakePart) -
         )
 
     assert [call["attention_mask"] for call in part.calls] == [None, None]
-    assert [call["position_ids"] for call in part.calls] == [None, None]
+    assert [call["position_ids"].tolist() for call in part.calls] == [[[0, 1, 2]] * 2, [[3]] * 2]
 
 
 def test_a_padded_batch_arrives_whole(trunk: RemoteTrunk, part: FakePart) -> None:
@@ -421,27 +426,28 @@ def test_what_was_left_is_closed_before_anything_is_opened(monkeypatch: pytest.M
 
 
 def test_a_trunk_that_nobody_has_any_more_lets_go_of_its_threads(daemon: Daemon) -> None:
-    before = set(threading.enumerate())
+    before = attendants()
     trunk = RemoteTrunk(daemon.url, "trunk")
     trunk(ones())
-    assert set(threading.enumerate()) > before
+    (own,) = attendants() - before
 
     del trunk
     gc.collect()
 
-    until(lambda: set(threading.enumerate()) <= before)
+    until(lambda: not own.is_alive())
 
 
 def test_closing_ends_sessions_and_threads(daemon: Daemon) -> None:
-    before = set(threading.enumerate())
+    before = attendants()
     trunk = RemoteTrunk(daemon.url, "trunk")
     cache = trunk.new_cache()
     trunk(ones(), past_key_values=cache)
+    (own,) = attendants() - before
 
     trunk.close()
     trunk.close()
 
-    until(lambda: sessions_open(daemon) == 0 and set(threading.enumerate()) <= before)
+    until(lambda: sessions_open(daemon) == 0 and not own.is_alive())
     with pytest.raises(RemoteSessionClosed):
         trunk(ones(), past_key_values=cache)
     with pytest.raises(RuntimeError, match="was closed"):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from serving_fakes import daemon_in_thread
+from tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
@@ -193,3 +194,20 @@ def test_other_ways_to_generate(pair: Pair, way: str) -> None:
         )
 
     assert torch.equal(*outputs)
+
+
+def test_a_model_that_does_not_count_positions_by_itself(tmp_path: Path) -> None:
+    """Without their ids, transformers' Bamba lets every step begin at position 0."""
+    tiny_model("bamba").save_pretrained(tmp_path)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    bottom, top = (load_component(tmp_path, name, SPLIT_POINTS) for name in ("bottom", "top"))
+    config = DaemonConfig(server=ServerConfig(port=0), models=(trunk_of("bamba", tmp_path),))
+    with daemon_in_thread(config) as daemon, RemoteTrunk(daemon.url, "bamba") as trunk:
+        split = SplitCausalLM(bottom, trunk, top)
+        settings = {"max_new_tokens": 20, "do_sample": False, "output_logits": True}
+        expected, actual = (
+            model.generate(prompt(), return_dict_in_generate=True, **settings)
+            for model in (whole, split)
+        )
+
+    assert torch.allclose(torch.cat(actual.logits), torch.cat(expected.logits), atol=1e-5)

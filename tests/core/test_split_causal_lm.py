@@ -91,5 +91,22 @@ def test_a_cache_that_a_failed_step_left_uneven_is_refused(
 
     with pytest.raises(CacheMismatchError, match="begin again"):
         chain(ids, past_key_values=cache)
+    with pytest.raises(CacheMismatchError, match="begin again"):
+        cache.copy()
     cache.reset()
     assert torch.equal(chain(ids, past_key_values=cache).logits, unsplit(ids).logits)
+
+
+@torch.no_grad()
+def test_a_copy_of_a_cache_goes_its_own_way(
+    chain_of: Callable[[str], Any], ids: torch.Tensor
+) -> None:
+    unsplit, chain = chain_of("llama")
+    cache = chain.new_cache()
+    chain(ids[:, :-1], past_key_values=cache)
+    copy = cache.copy()
+    chain(ids[:, :1], past_key_values=copy)
+    found = chain(ids[:, -1:], past_key_values=cache).logits
+
+    assert torch.allclose(found, unsplit(ids).logits[:, -1:], atol=1e-5)
+    assert copy.get_seq_length() == cache.get_seq_length()

@@ -283,18 +283,21 @@ async def test_a_token_is_asked_for(serve: Any, monkeypatch: pytest.MonkeyPatch)
 
 
 async def test_long_json_does_not_hold_up_the_event_loop(serve: Any, part: Any) -> None:
-    """Read at once, it would take a time in which nothing else runs."""
+    """Read at once, it would take a time in which nothing else runs.
+
+    What is measured is the processor's time for this process, whatever else the machine does.
+    """
     served = await serve()
     hidden = np.random.default_rng(0).standard_normal((16384, 16, 4)).astype(np.float32)
     text = json.dumps({"inputs": [entry("hidden_states", hidden)]}).encode()
-    started = time.perf_counter()
+    started = time.process_time()
     json.loads(text)
-    at_once = time.perf_counter() - started
+    at_once = time.process_time() - started
     longest, task = 0.0, asyncio.create_task(asyncio.to_thread(post, served.url, "trunk", text))
     while not task.done():
-        before = time.perf_counter()
+        before = time.process_time()
         await asyncio.sleep(0)
-        longest = max(longest, time.perf_counter() - before)
+        longest = max(longest, time.process_time() - before)
 
     answer = await task
     assert (answer.status, len(part.calls)) == (200, 1)

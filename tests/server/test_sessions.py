@@ -434,6 +434,20 @@ async def test_a_step_puts_off_the_end(table: SessionTable, time: FakeTime) -> N
     assert owner.heard == [(session.id, CloseReason.EXPIRED)]
 
 
+async def test_nothing_is_kept_of_a_session_that_has_ended(
+    table: SessionTable, time: FakeTime
+) -> None:
+    """What waits for the next one to expire would keep its load of the model as well."""
+    owner = Owner()
+    session = await table.open(owner, "trunk")
+    await time.asleep.wait()  # until it can expire
+    table.close(session, CloseReason.CLOSED)
+    kept = weakref.ref(owner)
+    del owner, session
+
+    assert kept() is None
+
+
 async def test_a_long_step_is_not_idle(table: SessionTable, time: FakeTime, part: Any) -> None:
     session = await table.open(Owner(), "trunk")
     await time.asleep.wait()
