@@ -39,6 +39,7 @@ from splitlearn_manager.server.security import AccessPolicy
 from splitlearn_manager.server.sessions_ws import SessionEndpoint
 from splitlearn_manager.server.systemd import Notifier, keep_watchdog
 from splitlearn_manager.serving.batcher import BatchLimits
+from splitlearn_manager.serving.claims import Quota, Quotas
 from splitlearn_manager.serving.sessions import SessionTable
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
     from types import FrameType
 
-    from splitlearn_manager.config import DaemonConfig, ManagerLimits
+    from splitlearn_manager.config import DaemonConfig, ManagerLimits, ServerConfig
     from splitlearn_manager.config.changes import ConfigChanges
 
 logger = logging.getLogger(__name__)
@@ -199,6 +200,7 @@ class Daemon:
             resume_timeout=server.session_resume_timeout,
             metrics=self.metrics,
             limits=BatchLimits(server.max_batch_size, server.prefill_chunk_size),
+            quotas=_quotas(server),
         )
         sessions = SessionEndpoint(manager, table, max_frame_bytes=server.max_frame_bytes)
         stopping = asyncio.Event()
@@ -394,6 +396,22 @@ def _load_policy(limits: ManagerLimits) -> LoadPolicy:
     """Return how patient loads are, by the configuration."""
     return LoadPolicy(
         LoadDeadlines(stall=limits.load_stall_timeout), RetryPolicy(attempts=limits.load_attempts)
+    )
+
+
+def _quotas(server: ServerConfig) -> Quotas:
+    """Return how much clients may hold, by the configuration."""
+    return Quotas(
+        everyone=Quota(None, server.max_positions, server.max_cache_bytes),
+        each=Quota(
+            server.max_sessions_per_client,
+            server.max_positions_per_client,
+            server.max_cache_bytes_per_client,
+        ),
+        named={
+            client.name: Quota(client.max_sessions, client.max_positions, client.max_cache_bytes)
+            for client in server.tokens
+        },
     )
 
 

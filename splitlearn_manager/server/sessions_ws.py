@@ -22,6 +22,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 
 from splitlearn_manager.errors import ManagerError, ModelLoadingError
+from splitlearn_manager.server.security import CLIENT
 from splitlearn_manager.serving.errors import BadOpenError, SessionError, UnknownSessionError
 from splitlearn_manager.serving.step import Contract
 from splitlearn_manager.serving.wire import (
@@ -97,7 +98,8 @@ class SessionEndpoint:
         model_id = websocket.path_params["model"]
         await self._check(model_id, websocket.scope["subprotocols"])
         await websocket.accept(subprotocol=SUBPROTOCOL)
-        connection = _Connection(websocket, self._table, model_id, self._max_frame_bytes)
+        client = getattr(websocket.state, CLIENT, "")
+        connection = _Connection(websocket, self._table, model_id, client, self._max_frame_bytes)
         self._connections.add(connection)
         self._vacant.clear()
         try:
@@ -146,11 +148,17 @@ class _Connection:
     """One client's connection: reads its frames in order, and owns the tasks that answer steps."""
 
     def __init__(
-        self, websocket: WebSocket, table: SessionTable, model_id: str, max_frame_bytes: int
+        self,
+        websocket: WebSocket,
+        table: SessionTable,
+        model_id: str,
+        client: str,
+        max_frame_bytes: int,
     ) -> None:
         self._websocket = websocket
         self._table = table
         self._model_id = model_id
+        self._client = client
         self._max_frame_bytes = max_frame_bytes
         self._tasks = asyncio.TaskGroup()
         self._closes: dict[int, int] = {}  # session -> the CLOSE request to be answered
@@ -232,7 +240,7 @@ class _Connection:
     async def _open(self, frame: Frame) -> None:
         """Open a session."""
         wanted = _wishes(frame)
-        session = await self._table.open(self, self._model_id, **wanted)
+        session = await self._table.open(self, self._model_id, client=self._client, **wanted)
         await self._send(self._opened(session, frame))
 
     async def _fork(self, session: Session, frame: Frame) -> bytes:
