@@ -38,6 +38,7 @@ from splitlearn_manager.server.readiness import Readiness
 from splitlearn_manager.server.security import AccessPolicy
 from splitlearn_manager.server.sessions_ws import SessionEndpoint
 from splitlearn_manager.server.systemd import Notifier, keep_watchdog
+from splitlearn_manager.server.tls import server_context
 from splitlearn_manager.serving.batcher import BatchLimits
 from splitlearn_manager.serving.claims import Quota, Quotas
 from splitlearn_manager.serving.sessions import SessionTable
@@ -63,7 +64,7 @@ def run(config: DaemonConfig, reread: Callable[[], DaemonConfig] | None = None) 
         reread: Returns what it is told now; called in a thread when SIGHUP comes.
 
     Raises:
-        ConfigError: The address or the token can't be had; nothing was started.
+        ConfigError: The address, the token or the certificate can't be had; nothing was started.
     """
     configure_logging(config.server.log_level, config.server.log_format)
     with Daemon(config, reread=reread) as daemon:
@@ -129,8 +130,9 @@ class Daemon:
             ConfigError: It can't be had.
         """
         if self._listener is None:
-            self._listener = listen(self.config.server.host, self.config.server.port)
-            self.url = url_of(self._listener)
+            server = self.config.server
+            self._listener = listen(server.host, server.port)
+            self.url = url_of(self._listener, "https" if server.tls_cert_file else "http")
         return self._listener
 
     def run(self) -> int:
@@ -145,7 +147,7 @@ class Daemon:
             The exit code: 0 if every step in flight was answered, 1 if the deadline came before.
 
         Raises:
-            ConfigError: The port or the token can't be had.
+            ConfigError: The port, the token or the certificate can't be had.
         """
         self._loop = asyncio.get_running_loop()
         listener = self.bind()
@@ -216,7 +218,8 @@ class Daemon:
             max_body_bytes=server.max_frame_bytes,
             max_queue_size=server.max_queue_size,
         )
-        http = HttpServer(app, max_frame_bytes=server.max_frame_bytes)
+        tls = server_context(server.tls_cert_file, server.tls_key_file)
+        http = HttpServer(app, max_frame_bytes=server.max_frame_bytes, tls=tls)
         desired = DesiredModels(manager, catalogue, readiness)
         return _Parts(manager, table, sessions, readiness, http, catalogue, desired, stopping)
 
