@@ -153,6 +153,12 @@ class SessionProtocol(_Abandons, WebSocketsSansIOProtocol):
         if event.fin:
             self.send_receive_event_to_app()
 
+    def send_receive_event_to_app(self) -> None:
+        """Hand a message on; of text, only that it is some: nobody here reads any."""
+        if self.curr_msg_data_type == "text":
+            self.frames = [b""]
+        super().send_receive_event_to_app()
+
     def handle_close(self, event: Frame) -> None:
         """Hear the peer's good-bye."""
         super().handle_close(event)

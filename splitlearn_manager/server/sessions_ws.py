@@ -4,8 +4,9 @@ One binary message is one frame (`splitlearn_manager.serving.wire`).  A connecti
 sessions, and a session one step in flight; so what a client that does not read can make the server
 keep is one answer for each of its sessions, and its frames are not read meanwhile.
 
-A refused frame is answered with ERROR, and the connection goes on.  It ends where the rest of it
-could not be understood: a header of another version, a text message, a frame that is too long.
+Every frame gets one answer, which has its number.  A refused one is answered with ERROR, and the
+connection goes on.  It ends where the rest of it could not be understood: a header of another
+version, a text message, a frame that is too long.
 """
 
 from __future__ import annotations
@@ -352,9 +353,6 @@ def _wishes(frame: Frame) -> dict[str, Any]:
     for name in ("rollback", "resume"):
         if not isinstance(frame.info.get(name, False), bool):
             raise BadOpenError(f"{name} must be true or false, found {frame.info[name]!r}")
-    rows = frame.info.get("rows", 1)
-    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
-        raise BadOpenError(f"rows must be a number of sequences, 1 or more, found {rows!r}")
     return dict(frame.info)
 
 

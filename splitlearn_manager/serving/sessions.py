@@ -57,6 +57,8 @@ _SHORTEST_SLEEP = 0.01
 _TOKEN_BYTES = 16
 
 _MOST_ROWS = 4096
+_MOST_POSITIONS = 2**32 - 1
+"""What a frame can count to."""
 
 Clock = Callable[[], float]
 Sleep = Callable[[float], Awaitable[None]]
@@ -173,6 +175,7 @@ class SessionTable:
         async with self._manager.use(model_id) as managed:
             # No `await` from here on: the model can't go before the session is in the table.
             self._check_room(client)
+            _check_rows(rows)
             contract = Contract.of(managed.model)
             length = _granted_length(max_length, contract.max_positions)
             state = State(contract, managed.model.new_cache(), length, rollback)
@@ -228,7 +231,7 @@ class SessionTable:
         """
         session = self._sessions.get(session_id)
         unknown = UnknownSessionError(f"there is no session {session_id:#010x} to be resumed")
-        if session is None or not token:
+        if session is None or not token or not token.isascii():  # nor is any token of ours
             raise unknown
         if not secrets.compare_digest(session.token.encode(), token.encode()):
             raise unknown
@@ -640,6 +643,16 @@ def _done(frame: Frame, length: int) -> bytes:
     return encode(Frame(Kind.DONE, frame.request, frame.session, length))
 
 
+def _check_rows(rows: Any) -> None:
+    """Refuse a number of sequences that is none.
+
+    Raises:
+        BadOpenError: It is no whole number, or not in what a session may have.
+    """
+    if not _counts(rows, _MOST_ROWS):
+        raise BadOpenError(f"rows must be a number of sequences, 1 to {_MOST_ROWS}, found {rows!r}")
+
+
 def _row_numbers(rows: Any) -> list[int]:
     """Return what REORDER names.
 
@@ -663,8 +676,15 @@ def _granted_length(wanted: Any, limit: int | None) -> int | None:
     """
     if wanted is None:
         return limit
-    if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
-        raise BadOpenError(f"max_length must be a number of positions, 1 or more, found {wanted!r}")
+    if not _counts(wanted, _MOST_POSITIONS):
+        raise BadOpenError(
+            f"max_length must be a number of positions, 1 to {_MOST_POSITIONS}, found {wanted!r}"
+        )
     if limit is not None and wanted > limit:
         raise TooLongError(f"max_length is {wanted}, the model has {limit} positions")
-    return wanted
+    return int(wanted)
+
+
+def _counts(value: Any, most: int) -> bool:
+    """Whether a value is a whole number, 1 to `most`."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most

@@ -21,7 +21,8 @@ from splitlearn_manager import AsyncModelManager, ResourceManager, ServerConfig
 from splitlearn_manager.client import RemoteTrunk
 from splitlearn_manager.client.address import Address
 from splitlearn_manager.client.errors import RemoteUnavailable
-from splitlearn_manager.config import DaemonConfig
+from splitlearn_manager.client.pipeline import _reach
+from splitlearn_manager.config import DaemonConfig, PipelineOptions
 from splitlearn_manager.errors import ConfigError
 from splitlearn_manager.server.daemon import Daemon
 from splitlearn_manager.server.tls import server_context
@@ -104,6 +105,24 @@ def test_requests_over_https(daemon: Daemon, ours: Certificate) -> None:
     address = Address.parse(daemon.url, ca_file=ours.cert)
 
     assert address.get_json("/v2", 30)["name"] == "splitlearn"
+
+
+def test_the_environment_can_say_whom_to_trust(
+    daemon: Daemon, ours: Certificate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for every program that uses OpenSSL; the commands have no option of their own."""
+    monkeypatch.setenv("SSL_CERT_FILE", ours.cert)
+
+    assert Address.parse(daemon.url).get_json("/v2", 30)["name"] == "splitlearn"
+
+
+def test_a_pipeline_says_whom_to_trust(daemon: Daemon, ours: Certificate) -> None:
+    options = PipelineOptions((1, 3), trunk=(daemon.url,), ca_file=ours.cert)
+
+    with _reach(options.links[0], None, options.ca_file) as trunk:
+        assert trunk.component == "trunk"
+    with pytest.raises(RemoteUnavailable, match=r"(?i:certificate)"):
+        _reach(options.links[0], None, None)
 
 
 def test_a_server_that_nobody_vouches_for_is_refused(daemon: Daemon, other: Certificate) -> None:

@@ -107,7 +107,9 @@ class RawWebSocket:
 
 
 @asynccontextmanager
-async def raw_websocket(url: str, sock: socket.socket | None = None) -> AsyncIterator[RawWebSocket]:
+async def raw_websocket(
+    url: str, sock: socket.socket | None = None, token: str | None = None
+) -> AsyncIterator[RawWebSocket]:
     """Connect to `ws://…`, over a socket that is connected already where one is given."""
     parts = urlsplit(url)
     if sock is None:
@@ -115,11 +117,12 @@ async def raw_websocket(url: str, sock: socket.socket | None = None) -> AsyncIte
     else:
         reader, writer = await asyncio.open_connection(sock=sock)
     try:
+        bearer = "" if token is None else f"Authorization: Bearer {token}\r\n"
         key = base64.b64encode(os.urandom(16)).decode()
         writer.write(
             f"GET {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nUpgrade: websocket\r\n"
             f"Connection: Upgrade\r\nSec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n"
-            f"Sec-WebSocket-Protocol: {SUBPROTOCOL}\r\n\r\n".encode()
+            f"Sec-WebSocket-Protocol: {SUBPROTOCOL}\r\n{bearer}\r\n".encode()
         )
         head = await reader.readuntil(b"\r\n\r\n")
         if not head.startswith(b"HTTP/1.1 101 "):
