@@ -61,6 +61,9 @@ CAMPAIGNS = {
         "stress", 1024, "32 tasks load and unload one model, requests meanwhile; 1,000 reloads"
     ),
     "leaks": Campaign("leaks", 1000, "a part of 100 MB is loaded and unloaded in one process"),
+    "frames": Campaign(
+        "frames", 20_000, "wrong frames sent to a daemon; a session of somebody else goes on"
+    ),
     "lifecycle": Campaign(
         "lifecycle", 12_000, "random operations on a manager, which is looked at after each"
     ),

@@ -6,11 +6,14 @@ import json
 import ssl
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 from splitlearn_manager.client.errors import RemoteError, RemoteUnavailable
+from splitlearn_manager.config.secrets import is_token
 from splitlearn_manager.trace_context import trace_headers
 
 _PORTS = {"http": 80, "https": 443}
@@ -27,7 +30,7 @@ _CODES = {
 
 @dataclass(frozen=True)
 class Address:
-    """A daemon: `http://host:8000`, or `https://…` behind a proxy that speaks TLS.
+    """A daemon: `http://host:8000`, or `https://…` where it, or a proxy before it, speaks TLS.
 
     Requests go straight to that host: proxies of the environment are not asked, and redirects are
     not followed, so that hidden states go where the configuration says, or nowhere.
@@ -38,6 +41,8 @@ class Address:
         port: Its port.
         prefix: What stands before `/v2`, for a daemon behind a proxy; `""` usually.
         token: The bearer token, or `None`.
+        ca_file: PEM file with the certificates that the server's must rest on, instead of those
+            that the system trusts (or `$SSL_CERT_FILE`).
     """
 
     scheme: str
@@ -45,14 +50,17 @@ class Address:
     port: int
     prefix: str = ""
     token: str | None = field(default=None, repr=False)
+    ca_file: str | None = None
 
     @classmethod
-    def parse(cls, url: str, token: str | None = None) -> Address:
+    def parse(cls, url: str, token: str | None = None, ca_file: str | None = None) -> Address:
         """Return the address that a URL is.
 
         Raises:
-            ValueError: It is none, or has parts that an address has not.
+            ValueError: It is none, or has parts that an address has not; the token is none; or
+                there are no certificates in `ca_file`, or nothing to use them for.
         """
+        _check_token(token)
         try:
             parts = urlsplit(url)
             port = parts.port
@@ -64,7 +72,11 @@ class Address:
         if parts.username is not None or parts.query or parts.fragment:
             raise ValueError(f"{url!r} must have nothing but a host, a port and a path")
         prefix = parts.path.rstrip("/")
-        return cls(parts.scheme, parts.hostname, port or _PORTS[parts.scheme], prefix, token)
+        port = port or _PORTS[parts.scheme]
+        address = cls(parts.scheme, parts.hostname, port, prefix, token, ca_file)
+        if ca_file is not None:
+            address.check_certificates(ca_file)
+        return address
 
     def __str__(self) -> str:
         """Return the URL."""
@@ -77,10 +89,28 @@ class Address:
         token = {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
         return {**token, **trace_headers()}
 
-    @property
+    @cached_property
     def tls(self) -> ssl.SSLContext | None:
         """How to make sure of the server, or `None` for plain HTTP."""
-        return ssl.create_default_context() if self.scheme == "https" else None
+        if self.scheme != "https":
+            return None
+        return ssl.create_default_context(
+            cafile=None if self.ca_file is None else Path(self.ca_file).expanduser()
+        )
+
+    def check_certificates(self, ca_file: str) -> None:
+        """Read the certificates that the server's must rest on.
+
+        Raises:
+            ValueError: There are none, or the address has no use for them.
+        """
+        if self.scheme != "https":
+            raise ValueError(f"{self} is not https, and has no use for the ca_file {ca_file}")
+        try:
+            self.tls  # noqa: B018 - it is kept
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"no certificates can be read from {ca_file}: {reason}") from None
 
     def sessions_url(self, model_id: str) -> str:
         """Return where a model's sessions are."""
@@ -125,6 +155,19 @@ class Address:
         if status in _UNAVAILABLE:
             return RemoteUnavailable(message)
         return RemoteError(message, _CODES.get(status, "bad_request"))
+
+
+def _check_token(token: str | None) -> None:
+    """Refuse what can't stand in a header, without showing it.
+
+    Raises:
+        ValueError: It is empty, or more than one word of printable ASCII.
+    """
+    if token is not None and not is_token(token):
+        raise ValueError(
+            f"the token ({len(token)} characters) must be one word of printable ASCII, without"
+            " spaces or line ends"
+        )
 
 
 def model_path(model_id: str) -> str:

@@ -35,6 +35,11 @@ CLOSE_TIMEOUT = 2.0
 RECONNECT_PAUSES = (0.1, 0.4)
 """Seconds between attempts to connect again."""
 
+_NOT_NOW = frozenset(
+    {"client_limit", "too_many_sessions", "no_memory", "model_unavailable", "draining"}
+)
+"""Codes of what the server can't do now, and may be able to do later."""
+
 TEND_INTERVAL = 10.0
 """Seconds between two looks at an idle connection: servers wait 20 and more for a ping's answer."""
 
@@ -301,7 +306,7 @@ class SessionConnection:
         """Return what to raise for an ERROR."""
         code, message = str(frame.info.get("code")), str(frame.info.get("message"))
         text = f"{self.address} refused: {message}"
-        if code in {"too_many_sessions", "no_memory", "model_unavailable", "draining"}:
+        if code in _NOT_NOW:
             return RemoteUnavailable(text)
         return RemoteError(text, code)
 

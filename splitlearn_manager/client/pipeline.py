@@ -117,7 +117,7 @@ def load_pipeline(config: ModelConfig, progress: Progress | None = None) -> Pipe
     with ExitStack() as undo:
         trunks = []
         for link in options.links:
-            trunks.append(_reach(link, token))
+            trunks.append(_reach(link, token, options.ca_file))
             undo.callback(trunks[-1].close)
         bottom, top = (_load_end(config, name, progress) for name in (BOTTOM, TOP))
         model = SplitCausalLM(bottom, trunks, top)
@@ -173,11 +173,11 @@ def _load_end(config: ModelConfig, name: str, progress: Progress | None) -> Spli
     )
 
 
-def _reach(link: TrunkLink, token: str | None) -> RemoteTrunk:
+def _reach(link: TrunkLink, token: str | None, ca_file: str | None) -> RemoteTrunk:
     """Return the Trunk at the first address that has it."""
     failures: list[str] = []
     for address in link.trunk:
-        trunk = RemoteTrunk(address, link.trunk_model_id, token=token)
+        trunk = RemoteTrunk(address, link.trunk_model_id, token=token, ca_file=ca_file)
         try:
             logger.info(
                 "%s at %s has the layers [%d, %d)",

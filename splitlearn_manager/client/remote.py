@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from contextlib import ExitStack, closing
@@ -55,15 +56,23 @@ class RemoteTrunk:
         model_id: The Trunk's id there.
         token: Bearer token, if the daemon asks for one.
         timeout: Seconds to wait for a step.
+        ca_file: PEM file with the certificates that an `https` daemon's must rest on, instead of
+            those that the system trusts.
 
     Raises:
-        ValueError: `url` is no address.
+        ValueError: `url` is no address, the token is no word, or `ca_file` holds no certificates.
     """
 
     def __init__(
-        self, url: str, model_id: str, token: str | None = None, timeout: float = TIMEOUT
+        self,
+        url: str,
+        model_id: str,
+        token: str | None = None,
+        timeout: float = TIMEOUT,
+        *,
+        ca_file: str | os.PathLike[str] | None = None,
     ) -> None:
-        self._address = Address.parse(url, token)
+        self._address = Address.parse(url, token, None if ca_file is None else os.fspath(ca_file))
         self.model_id = model_id
         self._connection = SessionConnection(self._address, model_id, timeout)
         self._lock = threading.Lock()

@@ -145,6 +145,7 @@ class PipelineOptions:
         chain: Several Trunks in a row, instead of `trunk`.
         token_file: File with the bearer token for the addresses.
         token_env: Environment variable with that token.
+        ca_file: PEM file with the certificates that those of `https` addresses must rest on.
         cache_dir: As for a part.
         low_memory: As for a part.
         revision: As for a part.
@@ -161,6 +162,7 @@ class PipelineOptions:
     chain: Chain | None = None
     token_file: PathText | None = None
     token_env: Text | None = None
+    ca_file: PathText | None = None
     cache_dir: PathText | None = None
     low_memory: bool = True
     revision: Text | None = None

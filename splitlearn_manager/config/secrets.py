@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAX_TOKEN = 4096
+"""Characters; servers read no longer headers anyway."""
 
 
 def check_token_source(token_file: str | None, token_env: str | None) -> None:
@@ -36,7 +37,8 @@ def read_token(
     A file's surrounding white space is dropped; one that other users can read is warned about.
 
     Raises:
-        ConfigError: The file or variable is not there, is empty, or holds more than one word.
+        ConfigError: The file or variable is not there, is empty or too long, or holds more than one
+            word.
     """
     check_token_source(token_file, token_env)
     if token_file is not None:
@@ -49,10 +51,18 @@ def read_token(
 
 def _checked(text: str, key: str, origin: str) -> str:
     """Return the one word that a token is; the message never shows it."""
+    if len(text) > _MAX_TOKEN:
+        message = f"{origin} holds more than the {_MAX_TOKEN} characters that a token may have"
+        raise ConfigError(Problem(message, (key,)))
     token = text.strip()
-    if not token or not token.isascii() or not token.isprintable() or " " in token:
+    if not is_token(token):
         raise ConfigError(Problem(f"{origin} must hold one token of printable ASCII", (key,)))
     return token
+
+
+def is_token(text: str) -> bool:
+    """Whether a text is one word of printable ASCII, which a header can carry."""
+    return bool(text) and text.isascii() and text.isprintable() and " " not in text
 
 
 def _read_file(name: str) -> str:
@@ -63,7 +73,7 @@ def _read_file(name: str) -> str:
             mode = os.fstat(file.fileno()).st_mode
             if stat.S_ISREG(mode) and mode & (stat.S_IRGRP | stat.S_IROTH):
                 logger.warning("other users can read the token in %s; chmod 600 it", name)
-            return file.read(_MAX_TOKEN)
+            return file.read(_MAX_TOKEN + 1)
     except OSError as error:
         problem = Problem(f"cannot read {name}: {error.strerror or error}", ("token_file",))
         raise ConfigError(problem) from None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field
 
+from splitlearn_manager.config.client_tokens import ClientTokens, read_tokens
 from splitlearn_manager.config.fields import ByteCount, LogLevel, PathText, Seconds, Text
 from splitlearn_manager.config.secrets import check_token_source, read_token
 from splitlearn_manager.config.section import build, found, section
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import os
 
 Count = Annotated[int, Field(ge=1)]
+PositiveBytes = Annotated[ByteCount, Field(ge=1)]
 
 
 @section
@@ -29,6 +31,13 @@ class ServerConfig:
         drain_timeout: Seconds that SIGTERM gives to what is in flight.
         management: Whether models can be loaded and unloaded over the network.
         max_sessions: Most sessions, and so KV caches, at once.
+        max_positions: Most positions in all rows of all caches; `None` for as many as there is
+            memory for.
+        max_cache_bytes: Most bytes of all caches, as a number or `4GiB`; `None` likewise.
+        max_sessions_per_client: Most sessions of one client: of who has a token of its own, and
+            else of an address (a /64 of IPv6).  `None` for no limit but that of all.
+        max_positions_per_client: Most positions of one client.
+        max_cache_bytes_per_client: Most bytes of the caches of one client.
         session_idle_timeout: Seconds after which a session without a step is closed.
         session_resume_timeout: Seconds that a session waits for a client whose connection was lost,
             if that client asked for it; 0 for none.
@@ -46,6 +55,10 @@ class ServerConfig:
         token_file: File with the bearer token that clients must send.
         token_env: Environment variable with that token; don't begin its name with
             `SPLITLEARN_SERVER_`, which is for the settings themselves.
+        tokens: Clients that have tokens of their own, which may also have their own limits.
+        tls_cert_file: PEM file with the certificate, and those that it rests on; https and wss are
+            then spoken, and nothing else.
+        tls_key_file: PEM file with its key, which needs no password.
         threads: torch's threads for one operation, for the whole process; 1024 at most.
     """
 
@@ -54,6 +67,11 @@ class ServerConfig:
     drain_timeout: Seconds = 20.0
     management: bool = False
     max_sessions: Count = 64
+    max_positions: Count | None = None
+    max_cache_bytes: PositiveBytes | None = None
+    max_sessions_per_client: Count | None = None
+    max_positions_per_client: Count | None = None
+    max_cache_bytes_per_client: PositiveBytes | None = None
     session_idle_timeout: Seconds = 300.0
     session_resume_timeout: Seconds = 30.0
     max_batch_size: Count = 64
@@ -66,6 +84,9 @@ class ServerConfig:
     tracing: bool = False
     token_file: PathText | None = None
     token_env: Text | None = None
+    tokens: ClientTokens = ()
+    tls_cert_file: PathText | None = None
+    tls_key_file: PathText | None = None
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
 
     @classmethod
@@ -92,12 +113,22 @@ class ServerConfig:
         """Check what the single values do not show.
 
         Raises:
-            ConfigError: Two sources for the token, or none where the network can reach the port.
+            ConfigError: Two sources for the token, or none where the network can reach the port;
+                or a certificate without its key.
         """
         check_token_source(self.token_file, self.token_env)
-        if not self.is_loopback and self.token_file is None and self.token_env is None:
-            message = "listening beyond loopback needs a token: set token_file or token_env"
+        if not self.is_loopback and not self.asks_for_token:
+            message = "listening beyond loopback needs a token: set token_file, token_env or tokens"
             raise ConfigError(Problem(f"{message}, {found(self.host)}", ("host",)))
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            missing = "tls_key_file" if self.tls_key_file is None else "tls_cert_file"
+            message = "is missing: TLS takes both tls_cert_file and tls_key_file"
+            raise ConfigError(Problem(message, (missing,)))
+
+    @property
+    def asks_for_token(self) -> bool:
+        """Whether who has no token is refused."""
+        return bool(self.token_file or self.token_env or self.tokens)
 
     @property
     def is_loopback(self) -> bool:
@@ -114,6 +145,14 @@ class ServerConfig:
             ConfigError: The token is named, but not there.
         """
         return read_token(self.token_file, self.token_env)
+
+    def read_client_tokens(self) -> dict[str, str]:
+        """Return the tokens of clients that have their own, by their names.
+
+        Raises:
+            ConfigError: One is named, but not there, or two clients have the same.
+        """
+        return read_tokens(self.tokens)
 
 
 @section

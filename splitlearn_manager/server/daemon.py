@@ -40,7 +40,9 @@ from splitlearn_manager.server.readiness import Readiness
 from splitlearn_manager.server.security import AccessPolicy
 from splitlearn_manager.server.sessions_ws import SessionEndpoint
 from splitlearn_manager.server.systemd import Notifier, keep_watchdog
+from splitlearn_manager.server.tls import server_context
 from splitlearn_manager.serving.batcher import BatchLimits
+from splitlearn_manager.serving.claims import Quota, Quotas
 from splitlearn_manager.serving.sessions import SessionTable
 from splitlearn_manager.tracing import start
 
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
     from types import FrameType
 
-    from splitlearn_manager.config import DaemonConfig, ManagerLimits
+    from splitlearn_manager.config import DaemonConfig, ManagerLimits, ServerConfig
     from splitlearn_manager.config.changes import ConfigChanges
     from splitlearn_manager.tracing import Tracing
 
@@ -66,7 +68,7 @@ def run(config: DaemonConfig, reread: Callable[[], DaemonConfig] | None = None) 
         reread: Returns what it is told now; called in a thread when SIGHUP comes.
 
     Raises:
-        ConfigError: The address or the token can't be had; nothing was started.
+        ConfigError: The address, the token or the certificate can't be had; nothing was started.
     """
     server = config.server
     configure_logging(server.log_level, server.log_format, access_log=server.access_log)
@@ -136,8 +138,9 @@ class Daemon:
             ConfigError: It can't be had.
         """
         if self._listener is None:
-            self._listener = listen(self.config.server.host, self.config.server.port)
-            self.url = url_of(self._listener)
+            server = self.config.server
+            self._listener = listen(server.host, server.port)
+            self.url = url_of(self._listener, "https" if server.tls_cert_file else "http")
         return self._listener
 
     def run(self) -> int:
@@ -152,7 +155,7 @@ class Daemon:
             The exit code: 0 if every step in flight was answered, 1 if the deadline came before.
 
         Raises:
-            ConfigError: The port or the token can't be had.
+            ConfigError: The port, the token or the certificate can't be had.
         """
         self._loop = asyncio.get_running_loop()
         listener = self.bind()
@@ -213,6 +216,7 @@ class Daemon:
             observers=[one for one in (access_log, tracing) if one is not None],
             on_turn=None if tracing is None else tracing.turn,
             limits=BatchLimits(server.max_batch_size, server.prefill_chunk_size),
+            quotas=_quotas(server),
         )
         sessions = SessionEndpoint(
             manager,
@@ -236,7 +240,8 @@ class Daemon:
             access_log=access_log,
             tracing=tracing,
         )
-        http = HttpServer(app, max_frame_bytes=server.max_frame_bytes)
+        tls = server_context(server.tls_cert_file, server.tls_key_file)
+        http = HttpServer(app, max_frame_bytes=server.max_frame_bytes, tls=tls)
         desired = DesiredModels(manager, catalogue, readiness)
         return _Parts(manager, table, sessions, readiness, http, catalogue, desired, stopping)
 
@@ -439,6 +444,22 @@ def _load_policy(limits: ManagerLimits) -> LoadPolicy:
     """Return how patient loads are, by the configuration."""
     return LoadPolicy(
         LoadDeadlines(stall=limits.load_stall_timeout), RetryPolicy(attempts=limits.load_attempts)
+    )
+
+
+def _quotas(server: ServerConfig) -> Quotas:
+    """Return how much clients may hold, by the configuration."""
+    return Quotas(
+        everyone=Quota(None, server.max_positions, server.max_cache_bytes),
+        each=Quota(
+            server.max_sessions_per_client,
+            server.max_positions_per_client,
+            server.max_cache_bytes_per_client,
+        ),
+        named={
+            client.name: Quota(client.max_sessions, client.max_positions, client.max_cache_bytes)
+            for client in server.tokens
+        },
     )
 
 

@@ -7,6 +7,8 @@ and for WebSockets as for requests.
 from __future__ import annotations
 
 import hmac
+import ipaddress
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -25,9 +27,17 @@ OPEN_PATHS = frozenset({"/v2/health/live", "/v2/health/ready"})
 """What answers without a token: probes have none."""
 
 HTTP_PORT = 80
-"""The port that clients leave out of `Host`."""
+HTTPS_PORT = 443
+"""The ports that clients leave out of `Host`."""
+
+IPV6_NETWORK = 64
+"""Bits of an IPv6 address that tell whose it is: the rest is its owner's to choose."""
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+
+
+CLIENT = "client"
+"""Where a scope's state has who sent the request."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +60,16 @@ class AccessPolicy:
     """What a request has to show.
 
     Attributes:
-        token: The bearer token, or `None` where none is asked for.
+        token: The bearer token, or `None` where there is none for all.
+        clients: Tokens of clients that have their own, by their names.  Where there are neither,
+            none is asked for.
         hosts: Values that `Host` may have, or `None` for any.  A daemon on loopback checks it,
             because a web page can let its own name point to 127.0.0.1, and so have the browser
             send requests here that look as if they came from the page's own server.
     """
 
     token: str | None = field(default=None, repr=False)
+    clients: Mapping[str, str] = field(default_factory=dict, repr=False)
     hosts: frozenset[str] | None = None
 
     @classmethod
@@ -67,11 +80,16 @@ class AccessPolicy:
             ConfigError: The token is named but not there, or the network can reach the port and
                 there is none.
         """
-        token = config.read_token()
-        if token is None and not config.is_loopback:
+        token, clients = config.read_token(), config.read_client_tokens()
+        if token is None and not clients and not config.is_loopback:
             message = f"listening on {config.host} needs a token: set token_file or token_env"
             raise ConfigError(Problem(message, ("server", "host")))
-        return cls(token, loopback_hosts(config.host, port) if config.is_loopback else None)
+        if token in clients.values():
+            message = "a client has the same token as token_file or token_env"
+            raise ConfigError(Problem(message, ("server", "tokens")))
+        usual = HTTPS_PORT if config.tls_cert_file else HTTP_PORT
+        hosts = loopback_hosts(config.host, port, usual) if config.is_loopback else None
+        return cls(token, clients, hosts)
 
     def judge(self, scope: Scope) -> Refusal | None:
         """Return why a request or WebSocket is refused, or `None`."""
@@ -81,6 +99,14 @@ class AccessPolicy:
             or self._judge_origin(headers)
             or self._judge_token(scope["path"], headers)
         )
+
+    def client_of(self, scope: Scope) -> str:
+        """Return who sends a request that was let in: a client's name, or else its address."""
+        given = _bearer(Headers(scope=scope))
+        for name, token in self.clients.items():
+            if _same(given, token):
+                return name
+        return address_of(scope)
 
     def _judge_host(self, headers: Headers) -> Refusal | None:
         """Refuse a name that this daemon does not have."""
@@ -98,14 +124,40 @@ class AccessPolicy:
 
     def _judge_token(self, path: str, headers: Headers) -> Refusal | None:
         """Refuse a missing or wrong token, in a time that does not tell how wrong it is."""
-        if self.token is None or path in OPEN_PATHS:
+        asked = [*self.clients.values(), *([] if self.token is None else [self.token])]
+        if not asked or path in OPEN_PATHS:
             return None
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode(), self.token.encode())
-        if right and scheme.lower() == "bearer":
+        given = _bearer(headers)
+        right = [_same(given, token) for token in asked]  # each is compared, always
+        if any(right):
             return None
         message = "a bearer token is needed: Authorization: Bearer <token>"
         return Refusal(401, message, {"WWW-Authenticate": "Bearer"})
+
+
+def _bearer(headers: Headers) -> str:
+    """Return the bearer token that a request shows, or an empty one, which is nobody's."""
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    return given.strip() if scheme.lower() == "bearer" else ""
+
+
+def _same(given: str, token: str) -> bool:
+    """Whether two tokens are the same, in a time that does not tell how far they are."""
+    return hmac.compare_digest(given.encode(), token.encode())
+
+
+def address_of(scope: Scope) -> str:
+    """Return the address that a request comes from: of IPv6 the network, of a socket `local`."""
+    host = (scope.get("client") or ("local", 0))[0]
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return str(host)
+    if address.version == 4:  # noqa: PLR2004 - IPv4
+        return str(address)
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.ip_network((address, IPV6_NETWORK), strict=False))
 
 
 def _netloc(origin: str) -> str | None:
@@ -116,12 +168,18 @@ def _netloc(origin: str) -> str | None:
         return None
 
 
-def loopback_hosts(host: str, port: int) -> frozenset[str]:
-    """Return the values of `Host` that reach this machine's own port, given the bound address."""
+def loopback_hosts(host: str, port: int, usual: int = HTTP_PORT) -> frozenset[str]:
+    """Return the values of `Host` that reach this machine's own port, given the bound address.
+
+    Args:
+        host: The bound address.
+        port: The bound port.
+        usual: The port that clients leave out.
+    """
     bound = f"[{host}]" if ":" in host and not host.startswith("[") else host.lower()
     names = {*LOOPBACK_NAMES, bound}
     with_port = {f"{name}:{port}" for name in names}
-    return frozenset(names | with_port if port == HTTP_PORT else with_port)
+    return frozenset(names | with_port if port == usual else with_port)
 
 
 class SecurityMiddleware:
@@ -133,8 +191,12 @@ class SecurityMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Judge one request or WebSocket."""
-        refusal = self.policy.judge(scope) if scope["type"] in {"http", "websocket"} else None
+        if scope["type"] not in {"http", "websocket"}:
+            await self.app(scope, receive, send)
+            return
+        refusal = self.policy.judge(scope)
         if refusal is None:
+            scope.setdefault("state", {})[CLIENT] = self.policy.client_of(scope)
             await self.app(scope, receive, send)
             return
         response = error_response(refusal.status, refusal.message, refusal.headers)

@@ -4,8 +4,9 @@ One binary message is one frame (`splitlearn_manager.serving.wire`).  A connecti
 sessions, and a session one step in flight; so what a client that does not read can make the server
 keep is one answer for each of its sessions, and its frames are not read meanwhile.
 
-A refused frame is answered with ERROR, and the connection goes on.  It ends where the rest of it
-could not be understood: a header of another version, a text message, a frame that is too long.
+Every frame gets one answer, which has its number.  A refused one is answered with ERROR, and the
+connection goes on.  It ends where the rest of it could not be understood: a header of another
+version, a text message, a frame that is too long.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 
 from splitlearn_manager.errors import ManagerError, ModelLoadingError
+from splitlearn_manager.server.security import CLIENT
 from splitlearn_manager.serving.errors import BadOpenError, SessionError, UnknownSessionError
 from splitlearn_manager.serving.step import Contract
 from splitlearn_manager.serving.wire import (
@@ -119,8 +121,15 @@ class SessionEndpoint:
         model_id = websocket.path_params["model"]
         await self._check(model_id, websocket.scope["subprotocols"])
         await websocket.accept(subprotocol=SUBPROTOCOL)
+        client = getattr(websocket.state, CLIENT, "")
         connection = _Connection(
-            websocket, self._table, self._metrics, model_id, self._max_frame_bytes, self._tracing
+            websocket,
+            self._table,
+            self._metrics,
+            model_id,
+            client,
+            self._max_frame_bytes,
+            self._tracing,
         )
         self._connections.add(connection)
         self._vacant.clear()
@@ -175,6 +184,7 @@ class _Connection:
         table: SessionTable,
         metrics: Metrics,
         model_id: str,
+        client: str,
         max_frame_bytes: int,
         tracing: Tracing | None,
     ) -> None:
@@ -183,6 +193,7 @@ class _Connection:
         self._table = table
         self._metrics = metrics
         self._model_id = model_id
+        self._client = client
         self._max_frame_bytes = max_frame_bytes
         self._tasks = asyncio.TaskGroup()
         self._closes: dict[int, int] = {}  # session -> the CLOSE request to be answered
@@ -267,7 +278,7 @@ class _Connection:
         """Open a session."""
         wanted = _wishes(frame)
         with self._trace_of(wanted.pop(TRACEPARENT, None)):
-            session = await self._table.open(self, self._model_id, **wanted)
+            session = await self._table.open(self, self._model_id, client=self._client, **wanted)
         await self._send(self._opened(session, frame))
 
     async def _fork(self, session: Session, frame: Frame) -> bytes:
@@ -394,9 +405,6 @@ def _wishes(frame: Frame) -> dict[str, Any]:
             raise BadOpenError(f"{name} must be true or false, found {frame.info[name]!r}")
     if not isinstance(frame.info.get(TRACEPARENT, ""), str):
         raise BadOpenError(f"{TRACEPARENT} must be text, as W3C has it")
-    rows = frame.info.get("rows", 1)
-    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
-        raise BadOpenError(f"rows must be a number of sequences, 1 or more, found {rows!r}")
     return dict(frame.info)
 
 

@@ -8,13 +8,15 @@
     ├── TooLongError (ValueError)                 400   too_long
     ├── UnsupportedComponentError (ValueError)    400   unsupported_component
     ├── UnknownSessionError (KeyError)            404   unknown_session
+    ├── ClientLimitError (RuntimeError)           429   client_limit
     ├── TooManySessionsError (RuntimeError)       503   too_many_sessions
     ├── NoMemoryError (RuntimeError)              503   no_memory
     ├── ModelUnavailableError (RuntimeError)      503   model_unavailable
     ├── DrainingError (RuntimeError)              503   draining
     └── StepFailedError (RuntimeError)            500   internal
+        └── NotFiniteError (ArithmeticError)      500   not_finite
 
-All but the last leave the session as it was: a step that is refused was not run.
+All but the last two leave the session as it was: a step that is refused was not run.
 """
 
 from __future__ import annotations
@@ -82,6 +84,17 @@ class UnknownSessionError(SessionError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
+class ClientLimitError(SessionError, RuntimeError):
+    """The client holds as much as it may; says what it holds, wants and may have.
+
+    Others are not concerned: it may have more when it has closed something.
+    """
+
+    http_status = 429
+    code = "client_limit"
+    retry_after = 1
+
+
 class TooManySessionsError(SessionError, RuntimeError):
     """The server holds as many sessions as it may; ask again when others have ended."""
 
@@ -120,3 +133,13 @@ class StepFailedError(SessionError, RuntimeError):
 
     http_status = 500
     code = "internal"
+
+
+class NotFiniteError(StepFailedError, ArithmeticError):
+    """What the part computed is not finite, and so is what the session's cache now holds.
+
+    The message says at which row and position.  The session is over: whatever is computed from
+    such a cache is no number either, in forwards that others share.
+    """
+
+    code = "not_finite"

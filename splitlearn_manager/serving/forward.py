@@ -15,7 +15,8 @@ import torch
 from splitlearn_core.hidden_state import HiddenState
 from splitlearn_core.joined_cache import JoinedCache
 from splitlearn_manager.serving.cache_changes import trim
-from splitlearn_manager.serving.errors import BadStepError, StepFailedError
+from splitlearn_manager.serving.errors import BadStepError, NotFiniteError, StepFailedError
+from splitlearn_manager.serving.finite import not_finite
 from splitlearn_manager.serving.step import Contract, Part, SideTensor, State, Step, shown
 from splitlearn_manager.serving.tensors import tensor_from_wire, tensor_to_wire
 from splitlearn_manager.serving.wire import Frame, Kind, TensorName, WireTensor, encode
@@ -89,7 +90,9 @@ def run_piece(part: Part, work: Work, most: int) -> Outcome | None:
     """Run at most so many of a step's positions; return the outcome if none is left.
 
     Raises:
-        BadStepError: The position ids, or other ids, are not of this model; nothing has run.
+        BadStepError: The position ids, or other ids, are not of this model, or a number is not
+            finite; nothing has run.
+        NotFiniteError: What the part gave is not; the cache holds what made it so.
     """
     _check_wanted(work)
     inputs = work.begin()
@@ -104,7 +107,9 @@ def run_piece(part: Part, work: Work, most: int) -> Outcome | None:
         None if positions is None else positions[:, start:stop],
         work.cache,
     )
-    work.pieces.append(HiddenState.of(output))
+    given = HiddenState.of(output)
+    _check_given(given, work.state.length + start)
+    work.pieces.append(given)
     return _answer(work) if stop == work.step.new else None
 
 
@@ -152,6 +157,7 @@ def _run_joined(
         with torch.inference_mode():
             joined = JoinedCache([work.cache for work in works])
             output = _call_joined(part, works, joined, masked=masked)
+            _check_given(output, works[0].state.length)  # one row can spoil an int8 model's others
             joined.commit()
     except Exception:  # noqa: BLE001 - whose fault it is shows when each is run alone
         if joined is not None:
@@ -233,10 +239,11 @@ def read_inputs(state: State, step: Step) -> Inputs:
     """Return the tensors of a step.
 
     Raises:
-        BadStepError: The position ids, or other ids, are not of this model.
+        BadStepError: The position ids, or other ids, are not of this model, or a number is not
+            finite.
     """
     positions = None if step.positions is None else _position_ids(step.positions, state)
-    return Inputs(_given(state.contract, step), positions, _whole_mask(state, step))
+    return Inputs(_given(state, step), positions, _whole_mask(state, step))
 
 
 def _answer(work: Work) -> Outcome:
@@ -262,13 +269,36 @@ def _in_a_row(pieces: list[HiddenState]) -> HiddenState:
     return HiddenState(torch.cat([piece.tensor for piece in pieces], dim=1), side)
 
 
-def _given(contract: Contract, step: Step) -> HiddenState:
+def _given(state: State, step: Step) -> HiddenState:
     """Return the hidden states, with what came with them."""
     side = {
         wanted.name: _in_range(wanted, tensor_from_wire(tensor))
-        for wanted, tensor in zip(contract.takes, step.side, strict=True)
+        for wanted, tensor in zip(state.contract.takes, step.side, strict=True)
     }
-    return HiddenState(tensor_from_wire(step.hidden), side)
+    given = HiddenState(tensor_from_wire(step.hidden), side)
+    for name, tensor in (("hidden_states", given.tensor), *side.items()):
+        if found := not_finite(tensor):
+            row, position = found
+            raise BadStepError(
+                f"{name} has NaN or an infinity at row {row}, position {state.length + position}"
+                f" ({position} of the step); every number must be finite"
+            )
+    return given
+
+
+def _check_given(output: HiddenState, length: int) -> None:
+    """Refuse to go on with numbers that are none, which a cache would keep.
+
+    Raises:
+        NotFiniteError: The part gave such.
+    """
+    if found := not_finite(output.tensor):
+        row, position = found
+        raise NotFiniteError(
+            f"the part itself gave NaN or an infinity at row {row}, position {length + position},"
+            " and the session with it ends: the numbers sent are too large for it, or its dtype"
+            " is too narrow (float16 overflows where bfloat16 does not)"
+        )
 
 
 def _in_range(wanted: SideTensor, values: torch.Tensor) -> torch.Tensor:

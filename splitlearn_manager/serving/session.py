@@ -104,6 +104,7 @@ class Session:
         managed: The model, as it was loaded then.
         batcher: Whoever runs its steps, with those of others.
         state: Its cache, and what was taken in so far.
+        client: Who opened it, and has what it holds on its account.
         last_used: When a step last began or ended, by the table's clock.
         hold: What keeps the model for it.
         task: The task that runs and answers its one step, while there is one.
@@ -124,6 +125,7 @@ class Session:
     managed: AsyncManagedModel
     batcher: Batcher
     state: State
+    client: str
     last_used: float
     hold: Hold | None = None
     task: asyncio.Task[None] | None = None

@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Any, Self
 from splitlearn_manager.errors import ManagerError
 from splitlearn_manager.serving.batcher import LONGEST_TOGETHER, Batchers, BatchLimits, Turn
 from splitlearn_manager.serving.cache_memory import BLOCK, CacheMemory, bytes_for
+from splitlearn_manager.serving.claims import Claims, Quotas
 from splitlearn_manager.serving.errors import (
     BadOpenError,
     BadStepError,
     DrainingError,
     ModelUnavailableError,
-    NoMemoryError,
     SessionError,
     StepFailedError,
     TooLongError,
@@ -64,6 +64,8 @@ _SHORTEST_SLEEP = 0.01
 _TOKEN_BYTES = 16
 
 _MOST_ROWS = 4096
+_MOST_POSITIONS = 2**32 - 1
+"""What a frame can count to."""
 
 Clock = Callable[[], float]
 Sleep = Callable[[float], Awaitable[None]]
@@ -87,8 +89,12 @@ class SessionTable:
         observers: Who hears of every session.
         on_turn: Called with the turn of each step, in the context of its caller.
         limits: How far sessions share forwards.
+        quotas: How much clients may hold, each and all of them.
         clock: Monotonic seconds.
         sleep: Waits for so many of them.
+
+    Attributes:
+        claims: What they hold.
     """
 
     def __init__(
@@ -102,6 +108,7 @@ class SessionTable:
         observers: Sequence[SessionObserver] = (),
         on_turn: Callable[[Turn], None] | None = None,
         limits: BatchLimits = BatchLimits(),  # noqa: B008 - it can't be changed
+        quotas: Quotas = Quotas(),  # noqa: B008 - likewise
         clock: Clock = time.monotonic,
         sleep: Sleep = asyncio.sleep,
     ) -> None:
@@ -114,7 +121,7 @@ class SessionTable:
         self._clock = clock
         self._sleep = sleep
         self._batchers = Batchers(limits, metrics, clock, on_turn)
-        self._memory = CacheMemory(manager.resource_manager)
+        self.claims = Claims(quotas, CacheMemory(manager.resource_manager))
         self._sessions: dict[int, Session] = {}  # the one used longest ago comes first
         self._draining = False
         self._occupied = asyncio.Event()
@@ -172,7 +179,7 @@ class SessionTable:
 
     def reserved_on(self, device: str) -> int:
         """Return the bytes that caches have reserved on a device; may be called in any thread."""
-        return self._memory.nbytes_on(device)
+        return self.claims.reserved_on(device)
 
     # --- A session's life ------------------------------------------------------------------
 
@@ -182,6 +189,7 @@ class SessionTable:
         model_id: str,
         max_length: int | None = None,
         *,
+        client: str = "",
         rows: int = 1,
         rollback: bool = False,
         resume: bool = False,
@@ -193,26 +201,28 @@ class SessionTable:
             model_id: A Trunk.
             max_length: Most positions that the client wants, whose memory is reserved now; `None`
                 for all that the model has, whose memory is reserved as they come.
+            client: Who asks for it, and has it on its account.
             rows: Sequences that memory is reserved for.
             rollback: Whether the last step must always be possible to take back.
             resume: Whether the session is to outlive its connection.
 
         Raises:
-            SessionError: No more sessions, no memory, too long, not a Trunk, can't roll back, or
-                shutting down.
+            SessionError: No more sessions, for this client or at all, no memory, too long, not a
+                Trunk, can't roll back, or shutting down.
             ManagerError: The model is not there, or not ready.
         """
         async with self._manager.use(model_id) as managed:
             # No `await` from here on: the model can't go before the session is in the table.
-            self._check_room()
+            self._check_room(client)
+            _check_rows(rows)
             contract = Contract.of(managed.model)
             length = _granted_length(max_length, contract.max_positions)
             state = State(contract, managed.model.new_cache(), length, rollback)
             if rollback:
                 _record_past(state)
             if max_length is not None:
-                self._reserve(managed, state, rows, max_length)
-            session = self._place(owner, managed, state)
+                self._reserve(client, managed, state, rows, max_length)
+            session = self._place(owner, client, managed, state)
             if resume and self.resume_timeout:
                 session.token = secrets.token_hex(_TOKEN_BYTES)
         return session
@@ -224,20 +234,20 @@ class SessionTable:
             SessionError: No more sessions, or shutting down.
             ManagerError: The model can't wait for it any longer.
         """
-        owner = session.owner
-        self._check_room()
-        state = replace(session.state, reserved=0)
+        owner, client = session.owner, session.client
+        self._check_room(client)
+        state = replace(session.state, reserved=0, positions=0)
         async with session.managed.use() as managed:
-            self._memory.grow(managed, session.state.reserved)
-            state.reserved = session.state.reserved
+            held = session.state
+            self.claims.raise_to(client, managed, state, held.positions, held.reserved)
             try:
                 state.cache = await self._copy(session)
-                self._check_room()
+                self._check_room(client)
                 _check_still_there(session, owner)
             except BaseException:
-                self._memory.give_back(managed, state.reserved)
+                self.claims.lower(client, managed, state, 0, 0)
                 raise
-            fork = self._place(owner, managed, state)
+            fork = self._place(owner, client, managed, state)
             if session.token:
                 fork.token = secrets.token_hex(_TOKEN_BYTES)
         return fork
@@ -260,7 +270,7 @@ class SessionTable:
         """
         session = self._sessions.get(session_id)
         unknown = UnknownSessionError(f"there is no session {session_id:#010x} to be resumed")
-        if session is None or not token:
+        if session is None or not token or not token.isascii():  # nor is any token of ours
             raise unknown
         if not secrets.compare_digest(session.token.encode(), token.encode()):
             raise unknown
@@ -501,18 +511,20 @@ class SessionTable:
     async def _run(self, session: Session, frame: Frame) -> bytes:
         """Check a step, run it in the model's thread, and take its outcome into the session."""
         step = check_step(session.state, frame)
-        end = session.state.length + step.new
-        self._reserve(session.managed, session.state, step.batch, end)
+        state = session.state
+        end, before = state.length + step.new, (state.positions, state.reserved)
+        self._reserve(session.client, session.managed, state, step.batch, end)
         try:
             async with session.managed.use():
                 outcome = await self._forward(session, step)
         except SessionError:
+            self.claims.lower(session.client, session.managed, state, *before)
             raise
         except ManagerError as error:
             raise self._gone(session) from error
-        session.state.length += step.new
-        session.state.batch = step.batch
-        session.state.mask = outcome.mask
+        state.length += step.new
+        state.batch = step.batch
+        state.mask = outcome.mask
         if session.token:
             session.last = Answered.of(frame, outcome.reply)
         self._count_grown(session, step.new)
@@ -529,16 +541,17 @@ class SessionTable:
             return
         taken = int(getattr(state.cache, "allocated_nbytes", 0))
         try:
-            self._memory.grow(session.managed, taken - state.reserved)
-        except NoMemoryError:
+            self.claims.raise_to(session.client, session.managed, state, state.positions, taken)
+        except SessionError:
             session.ending = session.ending or CloseReason.EVICTED
-        else:
-            state.reserved = max(taken, state.reserved)
 
     async def _forward(self, session: Session, step: Step) -> Outcome:
         """Run a step when its turn comes; what the model raises is for the log alone."""
         try:
             return await session.batcher.run(session.state, step)
+        except StepFailedError:
+            session.ending = session.ending or CloseReason.INTERNAL
+            raise
         except ManagerError:
             raise
         except Exception as error:
@@ -548,31 +561,32 @@ class SessionTable:
                 f"the step failed on the server, and session {session.id:#010x} with it"
             ) from error
 
-    def _reserve(self, managed: AsyncManagedModel, state: State, rows: int, positions: int) -> None:
-        """Reserve what a cache will take, beyond what it has.
+    def _reserve(
+        self, client: str, managed: AsyncManagedModel, state: State, rows: int, positions: int
+    ) -> None:
+        """Claim what a cache will take, beyond what it has.
 
         Raises:
+            ClientLimitError: Its client would hold more than it may.
             NoMemoryError: It does not fit.
         """
-        wanted = bytes_for(state.contract.kv_bytes, rows, positions)
-        if wanted > state.reserved:
-            self._memory.grow(managed, wanted - state.reserved)
-            state.reserved = wanted
+        nbytes = bytes_for(state.contract.kv_bytes, rows, positions)
+        self.claims.raise_to(client, managed, state, rows * positions, nbytes)
 
     def _reserve_rows(self, session: Session, rows: int) -> None:
-        """Reserve what a cache of so many rows will take.
+        """Claim what a cache of so many rows will take.
 
         Raises:
+            ClientLimitError: Its client would hold more than it may.
             NoMemoryError: It does not fit.
         """
         state = session.state
         if state.contract.kv_bytes is not None:
-            self._reserve(session.managed, state, rows, state.length)
+            self._reserve(session.client, session.managed, state, rows, state.length)
             return
-        taken = int(getattr(state.cache, "allocated_nbytes", 0))
-        wanted = taken // (state.batch or 1) * rows
-        self._memory.grow(session.managed, wanted - state.reserved)
-        state.reserved = max(wanted, state.reserved)
+        taken = int(getattr(state.cache, "allocated_nbytes", 0)) // (state.batch or 1) * rows
+        positions = rows * state.length
+        self.claims.raise_to(session.client, session.managed, state, positions, taken)
 
     def _gone(self, session: Session) -> ModelUnavailableError:
         """Let a session end for want of its model."""
@@ -581,14 +595,15 @@ class SessionTable:
 
     # --- The table -------------------------------------------------------------------------
 
-    def _check_room(self) -> None:
-        """Raise if no session may be opened now."""
+    def _check_room(self, client: str) -> None:
+        """Raise if a client may open no session now."""
         if self._draining:
             raise DrainingError("the server is shutting down")
         if len(self._sessions) >= self.max_sessions:
             raise TooManySessionsError(
                 f"the server holds {len(self._sessions)} sessions, as many as it may"
             )
+        self.claims.check_session(client)
 
     def _new_id(self) -> int:
         """Return an id that no session has."""
@@ -597,18 +612,21 @@ class SessionTable:
             if session_id and session_id not in self._sessions:
                 return session_id
 
-    def _place(self, owner: SessionOwner, managed: AsyncManagedModel, state: State) -> Session:
+    def _place(
+        self, owner: SessionOwner, client: str, managed: AsyncManagedModel, state: State
+    ) -> Session:
         """Make a session, and put it into the table."""
         try:
             batcher = self._batchers.take(managed)
-            session = Session(self._new_id(), owner, managed, batcher, state, self._clock())
+            session_id, now = self._new_id(), self._clock()
+            session = Session(session_id, owner, managed, batcher, state, client, now)
             try:
                 session.hold = managed.hold(partial(self._model_goes, session))
             except BaseException:
                 self._batchers.give_back(managed)
                 raise
         except BaseException:
-            self._memory.give_back(managed, state.reserved)
+            self.claims.lower(client, managed, state, 0, 0)
             raise
         self._add(session)
         return session
@@ -616,6 +634,7 @@ class SessionTable:
     def _add(self, session: Session) -> None:
         """Put a session into the table."""
         self._sessions[session.id] = session
+        self.claims.add_session(session.client)
         self._occupied.set()
         self._empty.clear()
         self._metrics.session_opened(session.model_id)
@@ -628,8 +647,7 @@ class SessionTable:
         del self._sessions[session.id]
         session.state.cache = session.state.mask = session.last = None
         self._end_absence(session)
-        self._memory.give_back(session.managed, session.state.reserved)
-        session.state.reserved = 0
+        self.claims.end_session(session.client, session.managed, session.state)
         self._batchers.give_back(session.managed)
         if session.hold is not None:
             session.hold.release()
@@ -693,6 +711,16 @@ def _done(frame: Frame, length: int) -> bytes:
     return encode(Frame(Kind.DONE, frame.request, frame.session, length))
 
 
+def _check_rows(rows: Any) -> None:
+    """Refuse a number of sequences that is none.
+
+    Raises:
+        BadOpenError: It is no whole number, or not in what a session may have.
+    """
+    if not _counts(rows, _MOST_ROWS):
+        raise BadOpenError(f"rows must be a number of sequences, 1 to {_MOST_ROWS}, found {rows!r}")
+
+
 def _row_numbers(rows: Any) -> list[int]:
     """Return what REORDER names.
 
@@ -716,8 +744,15 @@ def _granted_length(wanted: Any, limit: int | None) -> int | None:
     """
     if wanted is None:
         return limit
-    if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
-        raise BadOpenError(f"max_length must be a number of positions, 1 or more, found {wanted!r}")
+    if not _counts(wanted, _MOST_POSITIONS):
+        raise BadOpenError(
+            f"max_length must be a number of positions, 1 to {_MOST_POSITIONS}, found {wanted!r}"
+        )
     if limit is not None and wanted > limit:
         raise TooLongError(f"max_length is {wanted}, the model has {limit} positions")
-    return wanted
+    return int(wanted)
+
+
+def _counts(value: Any, most: int) -> bool:
+    """Whether a value is a whole number, 1 to `most`."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most

@@ -163,6 +163,7 @@ class State:
         mask: uint8 [batch, length] on the CPU, 0 for padding; `None` while no step had a mask.
         records: Whether the last step can be taken back, whatever the layers are.
         reserved: Bytes of memory that its cache may take.
+        positions: Positions of all rows that were claimed for it.
     """
 
     contract: Contract
@@ -170,6 +171,7 @@ class State:
     max_length: int | None
     records: bool = False
     reserved: int = 0
+    positions: int = 0
     length: int = 0
     batch: int | None = None
     mask: torch.Tensor | None = None

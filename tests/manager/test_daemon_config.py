@@ -83,8 +83,10 @@ def test_every_problem_of_a_file_is_told_with_line_and_key(file: Path) -> None:
         (
             f"{file}:3: server.hots: unknown key; did you mean 'host'? Known are"
             " access_log, drain_timeout, host, log_format, log_level, management, max_batch_size,"
-            " max_frame_bytes, max_queue_size, max_sessions, port, prefill_chunk_size,"
-            " session_idle_timeout, session_resume_timeout, threads, token_env, token_file, tracing"
+            " max_cache_bytes, max_cache_bytes_per_client, max_frame_bytes, max_positions,"
+            " max_positions_per_client, max_queue_size, max_sessions, max_sessions_per_client,"
+            " port, prefill_chunk_size, session_idle_timeout, session_resume_timeout, threads,"
+            " tls_cert_file, tls_key_file, token_env, token_file, tokens, tracing"
         ),
         f"{file}:5: models[0].model_path: is missing",
         (
@@ -106,6 +108,28 @@ def test_every_problem_of_a_file_is_told_with_line_and_key(file: Path) -> None:
         ("server: {drain_timeout: -1}", "server.drain_timeout: must be a number of seconds, 0 or"),
         ("server: {drain_timeout: .nan}", "found nan (float)"),
         ("server: {log_level: loud}", "server.log_level: must be one of debug, info, warning"),
+        ("server: {tokens: x}", "server.tokens: must be a list of clients, each with a name and a"),
+        (
+            "server: {tokens: [x]}",
+            "server.tokens[0]: must be a client, with name and token_file or",
+        ),
+        ("server: {tokens: [{name: a}]}", "server.tokens[0].name: a client has token_file or"),
+        ("server: {tokens: [{token_env: A}]}", "server.tokens[0].name: is missing"),
+        (
+            "server: {tokens: [{name: a, token_env: A}, {name: a, token_env: B}]}",
+            "server.tokens[1].name: stands here twice, found 'a' (str)",
+        ),
+        (
+            "server: {tokens: [{name: a b, token_env: A}]}",
+            "server.tokens[0].name: must be 1 to 128",
+        ),
+        (
+            "server: {tokens: [{name: a, token_env: A, max_sessions: 0}]}",
+            "server.tokens[0].max_sessions: should be greater than or equal to 1",
+        ),
+        ("server: {max_cache_bytes: 0}", "server.max_cache_bytes: should be greater than or"),
+        ("server: {tls_cert_file: a}", "server.tls_key_file: is missing: TLS takes both"),
+        ("server: {tls_key_file: a}", "server.tls_cert_file: is missing: TLS takes both"),
         ("server: {max_sessions: 0}", "server.max_sessions: should be greater than or equal to 1"),
         ("server: {threads: 9999999999}", "server.threads: should be less than or equal to 1024"),
         ("server: {max_frame_bytes: 1KB}", "server.max_frame_bytes: should be greater than or"),

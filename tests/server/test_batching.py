@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from splitlearn_core.hidden_state import HiddenState
 from splitlearn_manager import AsyncModelManager, ResourceManager
 from splitlearn_manager.observability import Metrics
 from splitlearn_manager.serving.batcher import BatchLimits
-from splitlearn_manager.serving.errors import BadStepError, StepFailedError
+from splitlearn_manager.serving.errors import BadStepError, NotFiniteError, StepFailedError
 from splitlearn_manager.serving.session import Session
 from splitlearn_manager.serving.sessions import SessionTable
 from splitlearn_manager.serving.tensors import tensor_from_wire, tensor_to_wire
@@ -158,6 +159,85 @@ async def test_without_batching_each_step_is_equal_to_the_bit(
     for session, output in zip(sessions, await asyncio.gather(*steps), strict=True):
         assert torch.equal(output, bench.expected(trunk, session)[-1])
     assert bench.forwards.rows == [1, 1, 1]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+async def test_a_step_with_what_is_no_number_fails_alone_and_can_be_sent_again(
+    bench: Bench, trunk: SplitModel, bad: float
+) -> None:
+    sessions = await prompts(bench, [3, 9, 5])
+    gate = await bench.hold()
+    sent = [hidden(1, seed=n) for n in range(3)]
+    spoilt = sent[1].clone()
+    spoilt[0, 0, 63] = bad
+    steps = [bench.start(s, h) for s, h in zip(sessions, [sent[0], spoilt, sent[2]], strict=True)]
+    await _queued(bench, steps)
+    gate.set()
+    found = await asyncio.gather(*steps, return_exceptions=True)
+
+    text = (
+        r"hidden_states has NaN or an infinity at row 0, position 9 \(0 of the step\);"
+        " every number must be finite"
+    )
+    with pytest.raises(BadStepError, match=text):
+        await steps[1]
+    bench.given[sessions[1]].pop()
+    found[1] = await bench.start(sessions[1], sent[1])
+    for session, output in zip(sessions, found, strict=True):
+        assert isinstance(output, torch.Tensor)
+        assert close(output, bench.expected(trunk, session)[-1])
+
+
+async def test_the_first_bad_number_of_a_prompt_is_named(bench: Bench) -> None:
+    session = await bench.open()
+    spoilt = hidden(40, rows=3)
+    spoilt[2, 30, 0] = spoilt[1, 31, 5] = float("nan")
+
+    with pytest.raises(BadStepError, match="at row 1, position 31 "):
+        await bench.start(session, spoilt)
+
+    assert (session.state.length, session.state.reserved, session.state.positions) == (0, 0, 0)
+
+
+async def test_numbers_that_the_part_spoils_end_their_session_alone(
+    bench: Bench, trunk: SplitModel
+) -> None:
+    """An int8 part has one scale for all rows of a call: NaN in one would be in all."""
+    sessions = await prompts(bench, [3, 9, 5])
+    marked = hidden(1, seed=1)
+    marked[0, 0, 0] = 77.0
+
+    def spoil(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        del module
+        given = HiddenState.of(args[0]).tensor
+        bad = given[:, -1, 0] == 77.0
+        return output * torch.nan if bad.any() else output
+
+    gate = await bench.hold()
+    steps = [
+        bench.start(s, marked if n == 1 else hidden(1, seed=n)) for n, s in enumerate(sessions)
+    ]
+    await _queued(bench, steps)
+    with closing_hook(trunk.register_forward_hook(spoil)):
+        gate.set()
+        found = await asyncio.gather(*steps, return_exceptions=True)
+
+    assert isinstance(found[1], NotFiniteError)
+    assert "row 0, position 9" in str(found[1])
+    assert sessions[1].owner.heard == [CloseReason.INTERNAL]  # type: ignore[attr-defined]
+    for number in (0, 2):
+        output = found[number]
+        assert isinstance(output, torch.Tensor)
+        assert close(output, bench.expected(trunk, sessions[number])[-1])
+    assert len(bench.table) == 2
+
+
+@contextmanager
+def closing_hook(hook: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 async def test_a_step_alone_is_equal_to_the_bit(bench: Bench, trunk: SplitModel) -> None:

@@ -197,6 +197,9 @@ async def test_a_refused_frame_is_answered_and_the_connection_goes_on(client: Cl
         (Frame(Kind.OPEN, 5, info={"max_length": "x"}), "bad_open"),
         (Frame(Kind.OPEN, 5, info={"length": 1}), "bad_open"),
         (Frame(Kind.OPEN, 5, info={"traceparent": 1}), "bad_open"),
+        (Frame(Kind.OPEN, 5, info={"max_length": 10**4000}), "bad_open"),
+        (Frame(Kind.OPEN, 5, info={"max_length": 2, "rows": 10**4000}), "bad_open"),
+        (Frame(Kind.OPEN, 5, info={"rows": 4097}), "bad_open"),
         (Frame(Kind.OPEN, 5, info={"max_length": 17}), "too_long"),
         (Frame(Kind.CLOSE, 5, 99), "unknown_session"),
         (step(99, request=5), "unknown_session"),
@@ -208,6 +211,16 @@ async def test_what_can_not_be_done_is_said(client: Client, frame: Frame, code: 
     assert (error.kind, error.request, error.session) == (Kind.ERROR, 5, frame.session)
     assert error.info["code"] == code
     assert (await client.ask(Frame(Kind.OPEN, 6))).kind is Kind.OPENED
+
+
+@pytest.mark.parametrize("token", ["", "x", "0" * 32, "é", "\ud800", "\x00" * 10_000])
+async def test_no_other_token_resumes_a_session(client: Client, token: str) -> None:
+    session = await client.open(resume=True)
+
+    error = await client.ask(Frame(Kind.RESUME, 5, session, info={"resume": token}))
+
+    assert (error.request, error.info["code"]) == (5, "unknown_session")
+    assert (await client.ask(step(session))).kind is Kind.RESULT
 
 
 async def test_an_error_repeats_no_more_than_a_little(client: Client) -> None:
