@@ -87,6 +87,7 @@ class Unloads:
     def _settle(self, managed: AsyncManagedModel) -> None:
         """Remove the entry, and see to it that its memory is accounted for."""
         closed = managed.close()
+        managed.release_cache_budget()
         managed.unreturned_bytes = _unreturned(managed, closed)
         missing = managed.unreturned_bytes
         reason = f"unloaded, but {missing} bytes are not back" if missing else "unloaded"
