@@ -205,8 +205,7 @@ class Oracle:
         if used > budget or beside is not None:
             self._say(f"sessions of {managed.model_id} have {used} of {budget}, and {beside}")
         reserved = managed.reservation.nbytes if managed.reservation is not None else 0
-        short = reserved != managed.resident_bytes + budget
-        if short and budget == managed.config.kv_cache_memory:
+        if budget and reserved != managed.resident_bytes + budget:
             self._say(f"{managed.model_id} has {reserved}, of which {budget} are for its sessions")
 
     def _check_ages(self) -> None:
