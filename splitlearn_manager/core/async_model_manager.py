@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from splitlearn_core.machine import map_large_blocks
 from splitlearn_manager.core.admission import Admission
+from splitlearn_manager.core.doorbell import in_loop
 from splitlearn_manager.core.entries import AsyncManagedModel, FailedEntry, LoadingPlaceholder
 from splitlearn_manager.core.executor import DaemonThreadPoolExecutor
 from splitlearn_manager.core.idle import IdleModels
@@ -283,7 +284,7 @@ class AsyncModelManager:
         await placeholder.outcome()
         if placeholder.remains is None or placeholder.remains.done():
             return True
-        done, _ = await asyncio.wait({asyncio.wrap_future(placeholder.remains)}, timeout=seconds)
+        done, _ = await asyncio.wait({in_loop(placeholder.remains)}, timeout=seconds)
         return bool(done)
 
     def _begin(self, config: ModelConfig, reason: str) -> LoadingPlaceholder:

@@ -28,6 +28,7 @@ from splitlearn_manager.core.disposal import (
     see_it_gone,
     weak_reference,
 )
+from splitlearn_manager.core.doorbell import in_loop
 from splitlearn_manager.core.entries import AsyncManagedModel, FailedEntry
 from splitlearn_manager.core.events import ProgressEvent, ReloadFailedEvent
 from splitlearn_manager.core.failures import describe
@@ -282,7 +283,7 @@ class Loads:
         # in this task's context, so that logs of the thread have the id of the request behind it
         future: Future[T] = self._executor.submit(copy_context().run, fn, *args)
         placeholder.work = future
-        result = asyncio.wrap_future(future)
+        result = in_loop(future)
         result.add_done_callback(_look_at)
         clock = LoadClock(self.policy.deadlines, time.monotonic())
         while not result.done():
@@ -436,7 +437,7 @@ async def _see_off(placeholder: LoadingPlaceholder) -> None:
     """Wait a little until nothing of a failed load is left, so that a shutdown does, too."""
     if placeholder.remains is None or placeholder.remains.done():
         return
-    _, late = await asyncio.wait({asyncio.wrap_future(placeholder.remains)}, timeout=_SEE_OFF)
+    _, late = await asyncio.wait({in_loop(placeholder.remains)}, timeout=_SEE_OFF)
     if late:
         logger.warning(
             "the load of model %s has ended, its thread has not yet, and is left behind",
