@@ -279,7 +279,9 @@ def describe(event: DaemonEvent) -> str:
         case "reload_failed":
             return f"{data['model_id']}: stays as it was, a reload failed ({data['reason']})"
         case "lost":
-            return f"({data['count']} events were lost: this end read too slowly)"
+            count = data["count"]
+            lost = "events" if count is None else f"{count} events"
+            return f"({lost} were lost: this end read too slowly, or was away)"
     return f"{event.name}: {json.dumps(data)}"
 
 

@@ -486,7 +486,7 @@ class AsyncModelManager:
             async for event in events:
                 yield event
 
-    def subscribe(self) -> Subscription:
+    def subscribe(self, after: str | None = None) -> Subscription:
         """Return a place in the stream of events, to be entered: what `events` reads from.
 
             with manager.subscribe() as events:
@@ -495,8 +495,12 @@ class AsyncModelManager:
 
         It has its own queue of bounded length, and waiting for its next event can be cancelled
         without losing one.
+
+        Args:
+            after: The `position` of an earlier one, to go on there.  Where what came since is not
+                there any more, the first event is an `EventsLostEvent`.
         """
-        return self._table.bus.subscribe()
+        return self._table.bus.subscribe(after=after)
 
     async def check_alive(self, seconds: float = 5.0) -> None:
         """Return if the manager can still decide things; health checks go through here.
