@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from splitlearn_core.activations import forward_nbytes
 from splitlearn_core.loading.ahead import AT_ONCE
 
 if TYPE_CHECKING:
@@ -21,22 +22,28 @@ class MemoryEstimate:
     Mapped weights count fully, whether their pages are touched or not.
 
     Attributes:
-        peak_bytes: At the worst moment of the load.
+        peak_bytes: At the worst moment of the load, its first forward included.
         steady_bytes: Once it is done.
+        warm_up_bytes: What that forward takes beside the weights; 0 where there is none.
     """
 
     peak_bytes: int
     steady_bytes: int
+    warm_up_bytes: int = 0
 
     def __add__(self, other: MemoryEstimate) -> MemoryEstimate:
-        """Return the estimate of both, loaded one after the other."""
+        """Return the estimate of both, loaded one after the other, then warmed up together."""
         steady = self.steady_bytes + other.steady_bytes
-        peak = max(self.peak_bytes, self.steady_bytes + other.peak_bytes)
-        return MemoryEstimate(peak, steady)
+        warm_up = self.warm_up_bytes + other.warm_up_bytes
+        loading = max(self.peak_bytes, self.steady_bytes + other.peak_bytes)
+        return MemoryEstimate(max(loading, steady + warm_up), steady, warm_up)
 
 
 def estimate_part(
-    blueprint: Blueprint, placement: Placement, packing: PackingPlan | None = None
+    blueprint: Blueprint,
+    placement: Placement,
+    packing: PackingPlan | None = None,
+    warm_up_positions: int = 0,
 ) -> MemoryEstimate:
     """Add up what a part will take: stored tensors once they are placed, and computed ones.
 
@@ -48,6 +55,7 @@ def estimate_part(
         blueprint: The part.
         placement: Device, and whether weights may stay mapped.
         packing: Which layers are packed.
+        warm_up_positions: Positions of a forward that belongs to the load; 0 for none.
     """
     stored = blueprint.reads.stored
     packed = packing.stored if packing is not None else frozenset()
@@ -59,7 +67,10 @@ def estimate_part(
     passing += [_passing(stored[name]) for name in packed]
     most = max(AT_ONCE * max(passing, default=0), blueprint.making_nbytes)
     most += max((layer.scratch for layer in layers), default=0)
-    return MemoryEstimate(steady + most, steady)
+    warm_up = 0
+    if warm_up_positions:
+        warm_up = forward_nbytes(blueprint.model, blueprint.family, warm_up_positions)
+    return MemoryEstimate(steady + max(most, warm_up), steady, warm_up)
 
 
 def _passing(tensor: StoredTensor) -> int:

@@ -196,8 +196,11 @@ def estimate_component(
     token: str | bool | None = None,
     allow_uncertified: bool = False,
     quantization: str | None = None,
+    warm_up_positions: int = 0,
 ) -> MemoryEstimate:
     """Return what `load_component` with the same arguments will need, from headers alone.
+
+    With `warm_up_positions`, a forward of so many positions after it counts as well.
 
     It raises what `load_component` would raise, but for weights that turn out to be unreadable.
     """
@@ -216,7 +219,7 @@ def estimate_component(
             model.config, spec, source, model.description, model.family, placement.dtype
         )
         packing = plan_packing(blueprint.model, blueprint.family, spec, blueprint.reads, placement)
-        return estimate_part(blueprint, placement, packing)
+        return estimate_part(blueprint, placement, packing, warm_up_positions)
 
 
 def _placement(

@@ -99,6 +99,9 @@ class Metrics:
             "model_age_at_eviction_seconds", "How long these had been ready", AGE_BUCKETS
         )
         self._size = self._gauge("model_size_bytes", "Size of a model's weights", "model", "kind")
+        self._caches = self._gauge(
+            "model_kv_cache_bytes", "KV caches of a model's sessions", "model", "kind"
+        )
 
     def _define_memory(self) -> None:
         self._capacity = self._gauge("memory_capacity_bytes", "Most to be reserved", "device")
@@ -296,11 +299,15 @@ class Metrics:
         models = list(models)
         self._state.clear()
         self._size.clear()
+        self._caches.clear()
         for model in models:
             for status in ModelStatus:
                 self._state.labels(model.model_id, status.value).set(status is model.status)
             self._size.labels(model.model_id, "predicted").set(model.predicted_bytes)
             self._size.labels(model.model_id, "actual").set(model.resident_bytes)
+            self._caches.labels(model.model_id, "used").set(model.kv_cache_bytes)
+            if model.kv_cache_budget is not None:
+                self._caches.labels(model.model_id, "budget").set(model.kv_cache_budget)
         loading = sum(m.status is ModelStatus.LOADING or m.reloading for m in models)
         self._loading.set(loading)
         self._forget_gone({model.model_id for model in models})

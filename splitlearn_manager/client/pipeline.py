@@ -12,6 +12,7 @@ from splitlearn_core.plan import BOTTOM, TOP
 from splitlearn_core.quickstart import load_tokenizer
 from splitlearn_manager.client.remote import RemoteError, RemoteTrunk, RemoteUnavailable
 from splitlearn_manager.config.secrets import read_token
+from splitlearn_manager.core.model_loader import warm_up_positions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -148,6 +149,7 @@ def estimate_pipeline(config: ModelConfig) -> MemoryEstimate:
             mmap=options.mmap,
             allow_uncertified=options.allow_uncertified,
             quantization=options.quantization,
+            warm_up_positions=warm_up_positions(config),
         )
         for name in (BOTTOM, TOP)
     )

@@ -19,10 +19,11 @@ from splitlearn_core.errors import (
 FAILED = 1
 WRONG_USAGE = 2
 
+# The network, the disk or the memory did not do what they should.  It comes first: a hub that can't
+# be reached is both, and may well have the model.
+_FAILURE = (FetchError, StorageError, MemoryError)
 # The model, or what is asked of it, is not what it should be: asking again won't help.
 _USAGE = (ModelSourceError, CheckpointError, UnsupportedModelError, FileExistsError, ValueError)
-# The network, the disk or the memory did not do what they should.
-_FAILURE = (FetchError, StorageError, OSError, MemoryError)
 
 
 @contextmanager
@@ -30,9 +31,11 @@ def told_in_one_line() -> Iterator[None]:
     """Turn the errors that people can cause or mend into a line and an exit code."""
     try:
         yield
+    except _FAILURE as error:
+        raise _leave(error, FAILED) from error
     except _USAGE as error:
         raise _leave(error, WRONG_USAGE) from error
-    except _FAILURE as error:
+    except OSError as error:
         raise _leave(error, FAILED) from error
 
 

@@ -51,8 +51,8 @@ def list_models(
     if as_json:
         typer.echo(json.dumps({"models": models}))
         return
-    heading = ("model", "state", "part", "layers", "device", "dtype", "memory", "in use", "")
-    typer.echo(table([heading, *map(_row, models)], left=9))
+    heading = ("model", "state", "part", "layers", "device", "dtype", "memory", "KV", "in use", "")
+    typer.echo(table([heading, *map(_row, models)], left=10))
 
 
 @app.command()
@@ -252,9 +252,18 @@ def _row(state: dict[str, Any]) -> tuple[str, ...]:
         state.get("device", "-"),
         state.get("dtype") or "-",
         format_bytes(held) if held else "-",
+        _caches(state),
         str(state.get("in_flight", "-")),
         " ".join(state["reason"].split()),
     )
+
+
+def _caches(state: dict[str, Any]) -> str:
+    """Return what the KV caches of a model's sessions have, and of how much where that is fixed."""
+    used, budget = state.get("kv_cache_bytes", 0), state.get("kv_cache_budget")
+    if budget is None:
+        return format_bytes(used) if used else "-"
+    return f"{format_bytes(used)} of {format_bytes(budget)}"
 
 
 def describe(event: DaemonEvent) -> str:
@@ -270,7 +279,9 @@ def describe(event: DaemonEvent) -> str:
         case "reload_failed":
             return f"{data['model_id']}: stays as it was, a reload failed ({data['reason']})"
         case "lost":
-            return f"({data['count']} events were lost: this end read too slowly)"
+            count = data["count"]
+            lost = "events" if count is None else f"{count} events"
+            return f"({lost} were lost: this end read too slowly, or was away)"
     return f"{event.name}: {json.dumps(data)}"
 
 

@@ -12,7 +12,15 @@ from pydantic import BeforeValidator, Field
 from splitlearn_core.families import KNOWN_TYPES
 from splitlearn_core.plan import FULL, TRUNK
 from splitlearn_core.quantization import check_quantization, dtype_refusal
-from splitlearn_manager.config.fields import Device, DType, ModelId, PathText, PlainMapping, Seconds
+from splitlearn_manager.config.fields import (
+    ByteCount,
+    Device,
+    DType,
+    ModelId,
+    PathText,
+    PlainMapping,
+    Seconds,
+)
 from splitlearn_manager.config.options import PartOptions, PipelineOptions
 from splitlearn_manager.config.section import build, found, section
 from splitlearn_manager.config.yaml_file import read_file
@@ -56,6 +64,9 @@ class ModelConfig:
         dtype: Name of the weights' dtype, or a `torch.dtype`; `None` keeps what is stored.
         warmup: Run one forward before the model counts as ready.
         config: The part, as `PartOptions` has it, or, for a pipeline, as `PipelineOptions` has it.
+        kv_cache_memory: Bytes reserved with a Trunk for the KV caches of its sessions, which may
+            then take so much and no more: `2GB`, `512MiB` or a number; `None` reserves nothing
+            before, and sessions take what is free.
         ttl: Seconds without a use after which it is unloaded; `None` keeps it.
         pinned: Never unload it to make room for others; excludes `ttl`.
         preload: Load it when the daemon starts; otherwise only when somebody asks for it.
@@ -73,6 +84,7 @@ class ModelConfig:
     dtype: DType = None
     warmup: bool = False
     config: PlainMapping = Field(default_factory=dict)
+    kv_cache_memory: ByteCount | None = None
     ttl: Seconds | None = None
     pinned: bool = False
     preload: bool = True
@@ -153,6 +165,7 @@ class ModelConfig:
         if self._is_ambiguous():
             message = "is needed: split_points alone don't say which part of a huggingface model"
             raise ConfigError(Problem(message, ("config", "component")))
+        self._check_kv_cache_memory()
         self._check_quantization()
 
     def loads_like(self, other: ModelConfig) -> bool:
@@ -163,6 +176,19 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as plain values, which `from_dict` takes."""
         return asdict(self)
+
+    def _check_kv_cache_memory(self) -> None:
+        """Check that what is reserved for sessions is something, and that there can be any."""
+        if self.kv_cache_memory is None:
+            return
+        options, refusal = self.options, None
+        if not isinstance(options, PartOptions) or not options.component.startswith(TRUNK):
+            refusal = "is for a Trunk: only its sessions have KV caches here"
+        elif not self.kv_cache_memory:
+            refusal = "must be more than 0 bytes; leave it out to reserve nothing"
+        if refusal is not None:
+            problem = f"{refusal}, {found(self.kv_cache_memory)}"
+            raise ConfigError(Problem(problem, ("kv_cache_memory",)))
 
     def _check_quantization(self) -> None:
         """Check that device and dtype, where one is given, go with the quantization."""

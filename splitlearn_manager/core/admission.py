@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+from splitlearn_manager.core.doorbell import doorbell_of
 from splitlearn_manager.core.resources import pool_of
 from splitlearn_manager.errors import InsufficientResourcesError
 
@@ -67,9 +67,8 @@ class Admission:
         Raises:
             InsufficientResourcesError: They don't fit, and nothing will change that by itself.
         """
-        loop = asyncio.get_running_loop()
         changed = asyncio.Event()
-        tell = partial(_set_from_any_thread, loop, changed)
+        tell = partial(doorbell_of(asyncio.get_running_loop()).call, changed.set)
         self._resources.on_change.append(tell)
         try:
             async with self._turns[pool_of(device)]:
@@ -111,9 +110,3 @@ class Admission:
         if missing == 0:
             return True  # a thread has just given back what was missing, and is about to say so
         return self._evictor.evict_for(model_id, missing, device)
-
-
-def _set_from_any_thread(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
-    """Set an event of a loop; nothing waits for it any more if the loop is closed."""
-    with suppress(RuntimeError):
-        loop.call_soon_threadsafe(event.set)

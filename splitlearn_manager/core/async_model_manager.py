@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from splitlearn_core.machine import map_large_blocks
 from splitlearn_manager.core.admission import Admission
+from splitlearn_manager.core.doorbell import in_loop
 from splitlearn_manager.core.entries import AsyncManagedModel, FailedEntry, LoadingPlaceholder
 from splitlearn_manager.core.executor import DaemonThreadPoolExecutor
 from splitlearn_manager.core.idle import IdleModels
@@ -283,7 +284,7 @@ class AsyncModelManager:
         await placeholder.outcome()
         if placeholder.remains is None or placeholder.remains.done():
             return True
-        done, _ = await asyncio.wait({asyncio.wrap_future(placeholder.remains)}, timeout=seconds)
+        done, _ = await asyncio.wait({in_loop(placeholder.remains)}, timeout=seconds)
         return bool(done)
 
     def _begin(self, config: ModelConfig, reason: str) -> LoadingPlaceholder:
@@ -485,7 +486,7 @@ class AsyncModelManager:
             async for event in events:
                 yield event
 
-    def subscribe(self) -> Subscription:
+    def subscribe(self, after: str | None = None) -> Subscription:
         """Return a place in the stream of events, to be entered: what `events` reads from.
 
             with manager.subscribe() as events:
@@ -494,8 +495,12 @@ class AsyncModelManager:
 
         It has its own queue of bounded length, and waiting for its next event can be cancelled
         without losing one.
+
+        Args:
+            after: The `position` of an earlier one, to go on there.  Where what came since is not
+                there any more, the first event is an `EventsLostEvent`.
         """
-        return self._table.bus.subscribe()
+        return self._table.bus.subscribe(after=after)
 
     async def check_alive(self, seconds: float = 5.0) -> None:
         """Return if the manager can still decide things; health checks go through here.

@@ -158,6 +158,9 @@ class AsyncManagedModel:
         evicted: Whether it goes to make room, so that it no longer counts.
         predicted_bytes: What it was estimated to take.
         load_times: Seconds that its load took, and how many of them it waited.
+        kv_cache_budget: Bytes of its reservation that are for the caches of its sessions, which
+            may have no more; `None` where they have to be reserved as they come.
+        kv_cache_bytes: What those have, as `serving.cache_memory` counts it.
     """
 
     def __init__(
@@ -192,6 +195,8 @@ class AsyncManagedModel:
         self.timer: asyncio.TimerHandle | None = None
         self.unreturned_bytes = 0
         self.evicted = False
+        self.kv_cache_budget: int | None = None
+        self.kv_cache_bytes = 0
         self.on_idle: Callable[[], None] | None = None
         self._model = model
         self._leases: set[Lease] = set()
@@ -339,6 +344,12 @@ class AsyncManagedModel:
             self._worker.shutdown(wait=False)
         return self._closed
 
+    def release_cache_budget(self) -> None:
+        """Give back what was reserved for sessions: there are none any more, nor will be."""
+        if self.reservation is not None and self.kv_cache_budget:
+            self.reservation.resize(self.reservation.nbytes - self.kv_cache_budget)
+            self.kv_cache_budget = 0
+
     def mark_gone(self) -> None:
         """Wake everybody who waits for the end of the unload."""
         self._gone.set()
@@ -374,6 +385,8 @@ class AsyncManagedModel:
             generation=self.generation,
             pinned=self.config.pinned,
             quantization=getattr(model, "quantization", None),
+            kv_cache_budget=self.kv_cache_budget,
+            kv_cache_bytes=self.kv_cache_bytes,
         )
         if successor is None:
             return info

@@ -100,14 +100,14 @@ class ReloadFailedEvent:
 
 @dataclass(frozen=True)
 class EventsLostEvent:
-    """A reader was too slow: so many events, at this place in the stream, are not in it.
+    """A reader was too slow, or away: so many events, at this place, are not in its stream.
 
     Attributes:
-        count: How many.
-        at: When the first of them happened, in seconds since the epoch.
+        count: How many; `None` where nobody knows, as after another start of the daemon.
+        at: When the first of them happened, as near as that is known, in seconds since the epoch.
     """
 
-    count: int
+    count: int | None
     at: float
 
 

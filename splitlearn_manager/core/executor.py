@@ -3,22 +3,39 @@
 The standard library's `ThreadPoolExecutor` is joined when the interpreter exits, so that a load
 that hangs in a file system or a driver would hang the exit too.  A thread can't be ended from
 outside; what can be chosen is that nobody waits for it.
+
+Not at all would be too little: the interpreter ends a thread that comes back to it during its own
+end, and where that thread is in torch's code, the process aborts.  So at the exit calls that run
+are told to end, and waited for, a moment.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
+import ctypes
 import threading
+import time
 from concurrent.futures import Executor, Future
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
+from weakref import WeakSet
+
+from splitlearn_manager.core.doorbell import doorbell_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from splitlearn_manager.core.doorbell import Doorbell
+
 P = ParamSpec("P")
 T = TypeVar("T")
+
+EXIT_GRACE = 1.0
+"""Seconds for which the exit of the interpreter waits for calls that run."""
+
+_executors: WeakSet[DaemonThreadPoolExecutor] = WeakSet()
 
 
 class Answer(Protocol):
@@ -40,7 +57,8 @@ _Work = tuple[Answer, "Callable[..., Any]", tuple[Any, ...], dict[str, Any]]
 class DaemonThreadPoolExecutor(Executor):
     """At most `max_workers` daemon threads, started when there is work for them.
 
-    Work that is still running when the interpreter exits is abandoned where it stands.
+    What is queued when the interpreter exits is not run.  What runs then gets a `SystemExit` at its
+    next step of Python, and is abandoned where it stands after `EXIT_GRACE` seconds.
     """
 
     def __init__(self, max_workers: int, thread_name_prefix: str) -> None:
@@ -53,6 +71,7 @@ class DaemonThreadPoolExecutor(Executor):
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._closed = False
+        _executors.add(self)
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Queue a call; its result, or whatever it raises, settles the future.
@@ -76,7 +95,8 @@ class DaemonThreadPoolExecutor(Executor):
                 neither may pass through an event loop.
             Exception: What the call raised.
         """
-        answer = _LoopAnswer(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        answer = _LoopAnswer(loop.create_future(), doorbell_of(loop))
         self._queue_up((answer, fn, args, kwargs))
         result: T = await answer.future
         return result
@@ -106,6 +126,21 @@ class DaemonThreadPoolExecutor(Executor):
         if wait:
             for thread in self._threads:
                 thread.join()
+
+    def abandon(self) -> list[threading.Thread]:
+        """Run nothing more, and end what runs where that can be; return the threads.
+
+        For the end of the interpreter: what is queued is not even cancelled, as nobody waits.
+        """
+        with self._lock:
+            self._closed = True
+            with suppress(Empty):
+                while True:
+                    self._queue.get_nowait()
+            for thread in self._threads:
+                self._queue.put(None)
+                _raise_in(thread, SystemExit)
+            return list(self._threads)
 
     def _start_thread(self) -> None:
         """Start one more thread; where the system has none left, those that there are must do."""
@@ -140,11 +175,11 @@ class DaemonThreadPoolExecutor(Executor):
 class _LoopAnswer:
     """Settles a future of an event loop, from another thread."""
 
-    __slots__ = ("_loop", "future")
+    __slots__ = ("_bell", "future")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self.future: asyncio.Future[Any] = loop.create_future()
+    def __init__(self, future: asyncio.Future[Any], bell: Doorbell) -> None:
+        self._bell = bell
+        self.future = future
 
     def set_running_or_notify_cancel(self) -> bool:
         """Return whether somebody still waits."""
@@ -152,15 +187,11 @@ class _LoopAnswer:
 
     def set_result(self, result: Any, /) -> None:
         """Pass the result on."""
-        self._tell(_settle, self.future, result)
+        self._bell.call(_settle, self.future, result)
 
     def set_exception(self, exception: BaseException, /) -> None:
         """Pass the error on."""
-        self._tell(_fail, self.future, _presentable(exception))
-
-    def _tell(self, fn: Callable[..., None], *args: Any) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody waits
-            self._loop.call_soon_threadsafe(fn, *args)
+        self._bell.call(_fail, self.future, _presentable(exception))
 
 
 def _settle(future: asyncio.Future[Any], result: Any) -> None:
@@ -198,3 +229,22 @@ def _do(
         del future, error  # the traceback leads to this frame: a cycle that keeps the future
     else:
         future.set_result(result)
+
+
+def _raise_in(thread: threading.Thread, error: type[BaseException]) -> None:
+    """Let a thread raise an error at its next step of Python; nothing, if it has ended."""
+    if thread.ident is not None and thread.is_alive():
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+            ctypes.c_ulong(thread.ident), ctypes.py_object(error)
+        )
+
+
+def _end_threads(seconds: float = EXIT_GRACE) -> None:
+    """End the threads of all executors, as far as that goes in time."""
+    threads = [thread for executor in tuple(_executors) for thread in executor.abandon()]
+    deadline = time.monotonic() + seconds
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+
+
+atexit.register(_end_threads)

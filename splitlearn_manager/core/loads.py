@@ -20,6 +20,7 @@ from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from splitlearn_manager.config.units import format_bytes
 from splitlearn_manager.core.deadlines import LoadClock, LoadDeadlines
 from splitlearn_manager.core.disposal import (
     close_model,
@@ -27,6 +28,7 @@ from splitlearn_manager.core.disposal import (
     see_it_gone,
     weak_reference,
 )
+from splitlearn_manager.core.doorbell import in_loop
 from splitlearn_manager.core.entries import AsyncManagedModel, FailedEntry
 from splitlearn_manager.core.events import ProgressEvent, ReloadFailedEvent
 from splitlearn_manager.core.failures import describe
@@ -213,7 +215,8 @@ class Loads:
         placeholder.predicted_bytes = estimate.steady_bytes
         progress(0, estimate.steady_bytes)
         progress.enter(LoadPhase.WAITING_FOR_MEMORY)
-        placeholder.reservation = await self._promise(placeholder, estimate.peak_bytes, memory)
+        most = max(estimate.peak_bytes, estimate.steady_bytes + (config.kv_cache_memory or 0))
+        placeholder.reservation = await self._promise(placeholder, most, memory)
         progress.enter(LoadPhase.QUEUED)
         loaded = await self._work(placeholder, run_load, self._loader, config, progress)
         return loaded, estimate
@@ -221,16 +224,23 @@ class Loads:
     async def _promise(
         self, placeholder: LoadingPlaceholder, nbytes: int, memory: Memory
     ) -> Reservation:
-        """Wait for the promise of memory; the refusal of a reload says what else there is."""
+        """Wait for the promise of memory; a refusal says what of it could be less."""
         model_id, device = placeholder.model_id, placeholder.config.device
         try:
             with self._told(placeholder):
                 return await self._gate.reserve(model_id, nbytes, device, memory)
         except InsufficientResourcesError as error:
-            if self._table.successors.get(model_id) is not placeholder:
-                raise
-            refusal = f"{error}; to unload the old one first, reload with the policy unload_first"
+            refusal = f"{error}{self._advice(placeholder)}"
         raise InsufficientResourcesError(refusal)
+
+    def _advice(self, placeholder: LoadingPlaceholder) -> str:
+        """Return what else there is where a load does not fit."""
+        advice, caches = "", placeholder.config.kv_cache_memory
+        if caches is not None:
+            advice = f"; {format_bytes(caches)} of it is for its sessions (kv_cache_memory)"
+        if self._table.successors.get(placeholder.model_id) is placeholder:
+            advice += "; to unload the old one first, reload with the policy unload_first"
+        return advice
 
     @contextmanager
     def _told(self, placeholder: LoadingPlaceholder) -> Iterator[None]:
@@ -273,7 +283,7 @@ class Loads:
         # in this task's context, so that logs of the thread have the id of the request behind it
         future: Future[T] = self._executor.submit(copy_context().run, fn, *args)
         placeholder.work = future
-        result = asyncio.wrap_future(future)
+        result = in_loop(future)
         result.add_done_callback(_look_at)
         clock = LoadClock(self.policy.deadlines, time.monotonic())
         while not result.done():
@@ -322,7 +332,7 @@ class Loads:
                 predicted_bytes=placeholder.predicted_bytes,
                 load_times=placeholder.times(),
             )
-            _settle_reservation(placeholder, loaded, estimate)
+            managed.kv_cache_budget = _settle_reservation(placeholder, loaded, estimate)
             self._put(placeholder, managed)
             placeholder.work = None
             placeholder.settle(managed)
@@ -388,19 +398,27 @@ def progress_event(placeholder: LoadingPlaceholder) -> ProgressEvent:
 
 def _settle_reservation(
     placeholder: LoadingPlaceholder, loaded: LoadedModel, estimate: MemoryEstimate
-) -> None:
-    """Let the measured size of a model replace the estimate of its load."""
+) -> int | None:
+    """Let the measured size of a model replace the estimate of its load.
+
+    Returns:
+        What is left for its sessions, of what is to be reserved for them; `None` for nothing
+        reserved.
+    """
+    caches = placeholder.config.kv_cache_memory
     if placeholder.reservation is None:
-        return
+        return caches
     measured = loaded.resident_bytes
     size = estimate.steady_bytes if measured is None else measured
-    if short := placeholder.reservation.resize(size):
+    if short := placeholder.reservation.resize(size + (caches or 0)):
         logger.warning(
-            "model %s takes %d bytes, which is %d more than could be reserved for it",
+            "model %s takes %d bytes%s, which is %d more than could be reserved for it",
             placeholder.model_id,
             size,
+            f", and {caches} for its sessions" if caches else "",
             short,
         )
+    return None if caches is None else max(0, caches - short)
 
 
 def _give_back(placeholder: LoadingPlaceholder) -> None:
@@ -419,7 +437,7 @@ async def _see_off(placeholder: LoadingPlaceholder) -> None:
     """Wait a little until nothing of a failed load is left, so that a shutdown does, too."""
     if placeholder.remains is None or placeholder.remains.done():
         return
-    _, late = await asyncio.wait({asyncio.wrap_future(placeholder.remains)}, timeout=_SEE_OFF)
+    _, late = await asyncio.wait({in_loop(placeholder.remains)}, timeout=_SEE_OFF)
     if late:
         logger.warning(
             "the load of model %s has ended, its thread has not yet, and is left behind",

@@ -27,7 +27,7 @@ class ModelInfo:
         in_flight: Uses that have not ended.
         bytes_total: Bytes of weights to load.
         bytes_done: How many of them are in.
-        reserved_bytes: Memory promised to it.
+        reserved_bytes: Memory promised to it, the budget for its sessions included.
         resident_bytes: Memory that its weights take, measured when it was loaded.
         error: Why it failed; of a load that is tried again, why its last attempt did.
         generation: Number of the load that made it; a reload has a higher one.
@@ -42,6 +42,9 @@ class ModelInfo:
         pinned: Whether it is never unloaded to make room, or because nobody uses it.
         predicted_bytes: What its weights were estimated to take; 0 while not known.
         quantization: How its linear layers are packed, once it is loaded; `None`: not at all.
+        kv_cache_budget: What of `reserved_bytes` the KV caches of its sessions may have, at most;
+            `None` where they reserve what they take, beside it.
+        kv_cache_bytes: What those have now.
     """
 
     model_id: str
@@ -71,3 +74,5 @@ class ModelInfo:
     pinned: bool = False
     predicted_bytes: int = field(default=0, compare=False)
     quantization: str | None = None
+    kv_cache_budget: int | None = None
+    kv_cache_bytes: int = 0

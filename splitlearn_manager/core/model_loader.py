@@ -57,6 +57,9 @@ class ModelLoader:
     def estimate(config: ModelConfig) -> MemoryEstimate:
         """Return the memory that loading takes at its worst, and afterwards, from headers alone.
 
+        A warm-up that is asked for counts as well, by an upper bound
+        (`splitlearn_core.activations`).
+
         Raises:
             CheckpointError: (a `ValueError`) The checkpoint is damaged or incomplete.
             FileNotFoundError: There is no such model.
@@ -68,7 +71,7 @@ class ModelLoader:
             return estimate_pipeline(config)
         from splitlearn_core.factory import estimate_component  # noqa: PLC0415 - imports torch
 
-        return estimate_component(**_arguments(config))
+        return estimate_component(**_arguments(config), warm_up_positions=warm_up_positions(config))
 
     @staticmethod
     def load_from_config(config: ModelConfig, progress: LoadProgress | None = None) -> Any:
@@ -117,6 +120,11 @@ def _arguments(config: ModelConfig) -> dict[str, Any]:
         "allow_uncertified": part.allow_uncertified,
         "quantization": part.quantization,
     }
+
+
+def warm_up_positions(config: ModelConfig) -> int:
+    """Return how many positions a load's own forward has, at most; 0 where there is none."""
+    return WARM_UP_POSITIONS if config.warmup else 0
 
 
 def warm_up(model: Any) -> None:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from splitlearn_manager.core.disposal import release_when_gone
+from splitlearn_manager.core.doorbell import in_loop
 from splitlearn_manager.core.drain import Drain
 from splitlearn_manager.core.states import ABSENT, ModelStatus
 from splitlearn_manager.core.table import new_operation_id
@@ -77,7 +78,7 @@ class Unloads:
         """Own an unload."""
         try:
             await drain.ended()
-            closing = asyncio.wrap_future(managed.close())
+            closing = in_loop(managed.close())
             await asyncio.wait({closing}, timeout=self._grace)
         except asyncio.CancelledError:
             logger.warning("the drain of model %s was given up", managed.model_id)
@@ -87,6 +88,7 @@ class Unloads:
     def _settle(self, managed: AsyncManagedModel) -> None:
         """Remove the entry, and see to it that its memory is accounted for."""
         closed = managed.close()
+        managed.release_cache_budget()
         managed.unreturned_bytes = _unreturned(managed, closed)
         missing = managed.unreturned_bytes
         reason = f"unloaded, but {missing} bytes are not back" if missing else "unloaded"

@@ -16,13 +16,14 @@ import logging
 import signal
 import sys
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from splitlearn_manager.config.changes import compare, in_force
 from splitlearn_manager.core.async_model_manager import AsyncModelManager
 from splitlearn_manager.core.deadlines import LoadDeadlines
+from splitlearn_manager.core.doorbell import PlainDoorbell
 from splitlearn_manager.core.events import ProgressEvent
 from splitlearn_manager.core.loads import LoadPolicy
 from splitlearn_manager.core.resources import ResourceManager
@@ -190,8 +191,7 @@ class Daemon:
         if self._loop is None:
             event.set()
         else:
-            with suppress(RuntimeError):  # it has ended already
-                self._loop.call_soon_threadsafe(event.set)
+            PlainDoorbell(self._loop).call(event.set)
 
     # --- Start -----------------------------------------------------------------------------
 

@@ -4,10 +4,14 @@
     event: transition      a move from one state to another
     event: progress        how far a load is
     event: reload_failed   the model stays as it was
-    event: lost            the reader was too slow: so many events are not in the stream
+    event: lost            the reader was too slow, or away: so many events are not in the stream
 
-Each has a number of its own stream as `id` and one JSON object as `data`.  A comment now and then
-shows proxies that the stream lives.  It ends when the daemon shuts down.
+Each has one JSON object as `data`, and its position as `id`, where a reader can go on: one that
+comes back with that as its `Last-Event-ID` gets what it has missed, and no states.  Where that is
+not there any more (a bounded number is kept, and none over a new start), it gets `lost`, then the
+states.  Of these only the last has an `id`: who has not all of them must begin again.
+
+A comment now and then shows proxies that the stream lives.  It ends when the daemon shuts down.
 """
 
 from __future__ import annotations
@@ -104,7 +108,7 @@ class EventRoutes:
         if self.streams >= MOST_STREAMS:
             raise HTTPException(429, f"{MOST_STREAMS} streams of events are open already")
         await self._check(model_id)
-        return self._stream(model_id)
+        return self._stream(model_id, request.headers.get("last-event-id") or None)
 
     async def _check(self, model_id: str | None) -> None:
         if model_id is None:
@@ -118,11 +122,11 @@ class EventRoutes:
         except ModelNotFoundError:
             self._catalogue.config(model_id)
 
-    def _stream(self, model_id: str | None) -> Any:
+    def _stream(self, model_id: str | None, after: str | None) -> Any:
         async def run(scope: Scope, receive: Receive, send: Send) -> None:
             self.streams += 1
             try:
-                with self._manager.subscribe() as events:
+                with self._manager.subscribe(after) as events:
                     await self._serve(events, model_id, scope, receive, send)
             finally:
                 self.streams -= 1
@@ -166,11 +170,9 @@ class EventRoutes:
 
     async def _texts(self, events: Subscription, model_id: str | None) -> AsyncIterator[str]:
         """Yield the stream's parts, as they go over the wire."""
-        number = 0
-        for model in await snapshot(self._manager, self._catalogue):
-            if model_id in {None, model["model_id"]}:
-                number += 1
-                yield server_sent("model", number, model)
+        if not events.resumed:
+            async for text in self._states(events, model_id):
+                yield text
         while True:
             try:
                 async with asyncio.timeout(KEEP_ALIVE):
@@ -181,8 +183,23 @@ class EventRoutes:
                 return
             else:
                 if model_id in {None, getattr(event, "model_id", model_id)}:
-                    number += 1
-                    yield server_sent(_NAMES[type(event)], number, event_json(event))
+                    yield _as_text(event, events.position)
+
+    async def _states(self, events: Subscription, model_id: str | None) -> AsyncIterator[str]:
+        """Yield the states of models, after word of what was lost before them."""
+        begins = events.position
+        if (lost := events.take_lost()) is not None:
+            yield _as_text(lost, "")
+        models = await snapshot(self._manager, self._catalogue)
+        wanted = [model for model in models if model_id in {None, model["model_id"]}]
+        for model in wanted:
+            yield server_sent("model", model, begins if model is wanted[-1] else "")
+
+
+def _as_text(event: Event, position: str) -> str:
+    """Return an event as it goes over the wire; word of a loss is no place to go on."""
+    lost = isinstance(event, EventsLostEvent)
+    return server_sent(_NAMES[type(event)], event_json(event), "" if lost else position)
 
 
 def _abort(scope: Scope) -> None:
@@ -200,6 +217,7 @@ def event_json(event: Event) -> dict[str, Any]:
     return values
 
 
-def server_sent(name: str, number: int, data: dict[str, Any]) -> str:
+def server_sent(name: str, data: dict[str, Any], position: str = "") -> str:
     """Return one event as the HTML standard has it."""
-    return f"event: {name}\nid: {number}\ndata: {json.dumps(data)}\n\n"
+    id_line = f"id: {position}\n" if position else ""
+    return f"event: {name}\n{id_line}data: {json.dumps(data)}\n\n"

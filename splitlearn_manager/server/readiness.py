@@ -21,8 +21,9 @@ class Readiness:
 
     What should be loaded is what the configuration names with `preload`.  Once such a model has
     been ready, it may be reloaded, unloaded on purpose, or go because nobody uses it, and loaded
-    again: none of that makes the daemon unready.  What does is a configured model whose load
-    failed, until it is loaded, or taken out of the manager.
+    again: none of that makes the daemon unready.  What does is one whose load failed, until it is
+    loaded, or taken out of the manager.  A model that is not preloaded is for whoever loads it, and
+    has a readiness of its own: whoever balances load must not lose the whole daemon over it.
 
     Args:
         manager: Whose models count; asking it shows that its event loop is alive, too.
@@ -45,7 +46,8 @@ class Readiness:
         """Note what a model's move means; an observer of the manager's transitions."""
         self.refused.pop(event.model_id, None)
         failed = event.new is ModelStatus.FAILED and event.code != LoadCancelledError.code
-        if failed and event.model_id in self._catalogue.models:
+        configured = self._catalogue.models.get(event.model_id)
+        if failed and configured is not None and configured.preload:
             self.awaited.add(event.model_id)
         elif event.new is not ModelStatus.LOADING:
             self.awaited.discard(event.model_id)

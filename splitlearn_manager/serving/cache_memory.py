@@ -3,6 +3,10 @@
 A session that says how long it will be has its memory reserved when it is opened, or is refused
 then.  Any other reserves what its next step takes, in blocks, and a step that does not fit is
 refused before it runs: the session stays as it is.
+
+A model that was loaded with `kv_cache_memory` has so much reserved for its sessions from the
+beginning.  They take from that, and from nothing else: neither do they find a full machine where
+they were promised room, nor do they grow into what is free for models.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ def bytes_for(per_position: int | None, rows: int, positions: int) -> int:
 
 
 class CacheMemory:
-    """What the sessions of every load of a model have reserved.
+    """What the sessions of every load of a model have reserved; each load has its own count.
 
     Args:
         resources: The ledger.
@@ -50,6 +54,31 @@ class CacheMemory:
         """
         if nbytes <= 0:
             return
+        if managed.kv_cache_budget is None:
+            self._reserve(managed, nbytes)
+        elif managed.kv_cache_bytes + nbytes > managed.kv_cache_budget:
+            raise NoMemoryError(
+                f"the cache would take {format_bytes(nbytes)} more, and sessions of"
+                f" {managed.model_id!r} have {format_bytes(managed.kv_cache_bytes)} of the"
+                f" {format_bytes(managed.kv_cache_budget)} that its kv_cache_memory gives them"
+            )
+        managed.kv_cache_bytes += nbytes
+
+    def give_back(self, managed: AsyncManagedModel, nbytes: int) -> None:
+        """Give bytes back that were reserved."""
+        if nbytes <= 0:
+            return
+        managed.kv_cache_bytes -= nbytes
+        held = self._held.get(managed)
+        if held is not None:
+            self._shrink_to(managed, held, held.nbytes - nbytes)
+
+    def nbytes(self, managed: AsyncManagedModel) -> int:
+        """Return what the sessions of a load have reserved."""
+        return managed.kv_cache_bytes
+
+    def _reserve(self, managed: AsyncManagedModel, nbytes: int) -> None:
+        """Have bytes promised beside those of the model."""
         held = self._held.get(managed) or self._begin(managed)
         before = held.nbytes
         if held.resize(before + nbytes):
@@ -59,17 +88,6 @@ class CacheMemory:
                 f" and sessions may have {format_bytes(self._resources.capacity(held.device))}, and"
                 f" sessions of {managed.model_id!r} have {format_bytes(before)}"
             )
-
-    def give_back(self, managed: AsyncManagedModel, nbytes: int) -> None:
-        """Give bytes back that were reserved."""
-        held = self._held.get(managed)
-        if held is not None and nbytes > 0:
-            self._shrink_to(managed, held, held.nbytes - nbytes)
-
-    def nbytes(self, managed: AsyncManagedModel) -> int:
-        """Return what the sessions of a load have reserved."""
-        held = self._held.get(managed)
-        return 0 if held is None else held.nbytes
 
     def nbytes_on(self, device: str) -> int:
         """Return what sessions have reserved on a device; in any thread."""

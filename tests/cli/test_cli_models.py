@@ -248,6 +248,7 @@ def test_every_event_has_a_line() -> None:
             ("progress", {"phase": "queued", "bytes_done": 0, "bytes_total": 0}),
             ("reload_failed", {"reason": "why"}),
             ("lost", {"count": 3, "at": 0.0}),
+            ("lost", {"count": None, "at": 0.0}),
             ("newer", {}),
         )
     ]
@@ -256,6 +257,7 @@ def test_every_event_has_a_line() -> None:
         "m: warming up, 0 bytes of 1.0 KiB",
         "m: queued",
         "m: stays as it was, a reload failed (why)",
-        "(3 events were lost: this end read too slowly)",
+        "(3 events were lost: this end read too slowly, or was away)",
+        "(events were lost: this end read too slowly, or was away)",
         'newer: {"model_id": "m"}',
     ]

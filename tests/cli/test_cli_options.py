@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import typer
 
-from splitlearn_core.errors import FetchError
+from splitlearn_core.errors import FetchError, HubUnreachableError, StorageError
 from splitlearn_manager.commands.errors import told_in_one_line
 from splitlearn_manager.commands.options import parse_points, spread
 from splitlearn_manager.commands.tables import table
@@ -107,9 +107,10 @@ def test_a_model_that_can_not_be_used_is_named(
     assert isinstance(result.exception, SystemExit)
 
 
-def test_what_may_pass_is_exit_1(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("kind", [FetchError, HubUnreachableError, StorageError, OSError])
+def test_what_may_pass_is_exit_1(capsys: pytest.CaptureFixture[str], kind: type[Exception]) -> None:
     with pytest.raises(typer.Exit) as caught, told_in_one_line():
-        raise FetchError("the hub\nis down")
+        raise kind("the hub\nis down")
 
     assert caught.value.exit_code == 1
     assert capsys.readouterr().err == "splitlearn: the hub is down\n"

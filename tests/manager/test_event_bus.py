@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from manager_fakes import FakeLoader, until
 
-from splitlearn_manager.core.event_bus import EventBus
+from splitlearn_manager.core.event_bus import HISTORY_LENGTH, EventBus
 from splitlearn_manager.core.events import (
     EventsLostEvent,
     ProgressEvent,
@@ -177,3 +177,53 @@ async def test_each_operation_has_an_id_of_its_own(
         [(1, "unloading"), (1, None)],
         [(2, "unloading"), (2, None)],
     ]
+
+
+async def test_a_reader_that_was_away_goes_on_where_it_was() -> None:
+    bus = EventBus()
+    bus.publish(event(1))
+    with bus.subscribe() as events:
+        at_the_start = events.position
+        assert not events.resumed
+        bus.publish(event(2))
+        bus.publish(event(3))
+        await anext(events)
+        position = events.position
+    bus.publish(event(4))
+    for after, missed in ((at_the_start, [2, 3, 4]), (position, [3, 4]), (bus.position(), [])):
+        with bus.subscribe(after=after) as events:
+            assert events.resumed
+            assert events.position == after
+            bus.publish(event(9))
+            got = [await anext(events) for _ in (*missed, 9)]
+            assert numbers(got[: len(missed)]) == missed
+            assert events.position == bus.position()
+        bus._history.pop()
+        bus._number -= 1
+
+
+async def test_what_is_not_kept_any_more_is_told_first() -> None:
+    bus = EventBus()
+    position = bus.position()
+    for number in range(1, HISTORY_LENGTH + 3):
+        bus.publish(event(number))
+    with bus.subscribe(after=position) as events:
+        assert not events.resumed
+        assert numbers([await anext(events)]) == [(HISTORY_LENGTH + 2, 3.0)]
+        bus.publish(event(7))
+        assert numbers([await anext(events)]) == [7]
+    with bus.subscribe(after=EventBus().position()) as events:
+        lost = await anext(events)
+        assert isinstance(lost, EventsLostEvent)
+        assert lost.count is None
+
+
+async def test_a_slow_reader_that_had_lost_unknown_many_stays_so() -> None:
+    bus = EventBus()
+    with bus.subscribe(length=1, after="elsewhere") as events:
+        bus.publish(event(1))
+        bus.publish(event(2))
+        lost = await anext(events)
+        assert isinstance(lost, EventsLostEvent)
+        assert lost.count is None
+        assert numbers([await anext(events)]) == [2]

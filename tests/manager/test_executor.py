@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import weakref
 from concurrent.futures import wait
@@ -98,3 +100,44 @@ def test_an_idle_thread_keeps_nothing_alive() -> None:
 def test_it_needs_a_thread() -> None:
     with pytest.raises(ValueError, match="max_workers must be at least 1, found 0"):
         DaemonThreadPoolExecutor(0, "test")
+
+
+_AT_THE_EXIT = """
+import sys, threading, time, torch
+from splitlearn_manager.core.executor import DaemonThreadPoolExecutor
+
+torch.set_num_threads(1)
+started, executor = threading.Event(), DaemonThreadPoolExecutor(1, "left")
+
+def forwards():
+    matrix = torch.ones(200, 200)
+    started.set()
+    while True:
+        torch.mm(matrix, matrix)
+
+def hang():
+    started.set()
+    time.sleep(600)
+
+executor.submit({work})
+executor.submit(print, "this was queued")
+started.wait()
+print("main ends", flush=True)
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("work", ["forwards", "hang", "started.set"])
+def test_an_interpreter_that_exits_ends_its_threads_and_is_not_aborted(work: str) -> None:
+    # torch's code can't be left by the interpreter's end: a process would end with SIGABRT
+    child = subprocess.run(
+        [sys.executable, "-c", _AT_THE_EXIT.format(work=work)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert (child.returncode, child.stderr) == (3, "")
+    if work != "started.set":
+        assert child.stdout == "main ends\n"

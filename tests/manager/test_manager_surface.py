@@ -89,4 +89,6 @@ def test_a_snapshot_has_these_fields() -> None:
         "pinned",
         "predicted_bytes",
         "quantization",
+        "kv_cache_budget",
+        "kv_cache_bytes",
     ]

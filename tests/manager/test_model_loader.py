@@ -15,11 +15,15 @@ from safetensors.torch import load_file
 
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.estimate import MemoryEstimate
-from splitlearn_manager import AsyncModelManager, ModelConfig, ModelLoader
+from splitlearn_manager import AsyncModelManager, ModelConfig, ModelLoader, ResourceManager
 from splitlearn_manager.core.model_loader import warm_up
 from splitlearn_manager.core.progress import LoadProgress
 from splitlearn_manager.core.states import LoadPhase
-from splitlearn_manager.errors import LoadCancelledError, ModelFailedError
+from splitlearn_manager.errors import (
+    InsufficientResourcesError,
+    LoadCancelledError,
+    ModelFailedError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,6 +86,21 @@ def test_types_of_one_checkpoint(part: Callable[..., ModelConfig], model_type: s
     assert model.component == "full"
     assert model(torch.zeros(1, 3, dtype=torch.long)).logits.shape == (1, 3, 97)
     assert ModelLoader().estimate(config).steady_bytes >= model.num_parameters() * 4
+
+
+@pytest.mark.anyio
+async def test_a_warm_up_counts_where_a_load_is_admitted(
+    part: Callable[..., ModelConfig],
+) -> None:
+    cold, warm = (ModelLoader.estimate(part("trunk", warmup=warmup)) for warmup in (False, True))
+    assert warm.steady_bytes == cold.steady_bytes
+    assert warm.peak_bytes == warm.steady_bytes + warm.warm_up_bytes > cold.peak_bytes
+
+    limit = ResourceManager(memory_limit=warm.peak_bytes - 1)
+    async with AsyncModelManager(limit) as manager:
+        with pytest.raises(InsufficientResourcesError):
+            await manager.load_model(part("trunk", warmup=True))
+        assert await manager.load_model(part("trunk"))
 
 
 def test_pytorch_reads_a_state_dict_with_its_config_beside_it(

@@ -158,3 +158,32 @@ async def test_lengths_that_are_none(bench: Bench, length: Any) -> None:
     with pytest.raises(BadOpenError, match="max_length"):
         await bench.open(max_length=length)
     assert bench.blocks() == 0
+
+
+async def test_sessions_of_a_model_with_a_budget_share_it_and_no_more(part: SplitModel) -> None:
+    assert part.kv_bytes_per_position is not None
+    block = part.kv_bytes_per_position * BLOCK
+    resources = ResourceManager(memory_limit=part.resident_bytes() + 9 * block)
+    config = trunk_config("trunk", kv_cache_memory=2 * block)
+    loader = OnePart(part)
+    async with AsyncModelManager(resources, loader=loader, single_threaded=False) as manager:
+        await manager.load_model(config)
+        reserved = resources.get_current_usage().reserved_bytes
+        assert reserved == part.resident_bytes() + 2 * block
+        table = SessionTable(manager, max_sessions=9, idle_timeout=60, metrics=Metrics())
+        async with table:
+            bench = Bench(manager, table, part)
+            await bench.open(max_length=BLOCK)
+            growing = await bench.open()
+            await bench.step(growing, BLOCK)
+
+            with pytest.raises(NoMemoryError, match="that its kv_cache_memory gives them"):
+                await bench.step(growing, 1)
+            with pytest.raises(NoMemoryError, match="kv_cache_memory"):
+                await bench.open(max_length=1)
+
+            info = await manager.get_model_info("trunk")
+            assert (info.kv_cache_budget, info.kv_cache_bytes) == (2 * block, 2 * block)
+            assert growing.state.length == BLOCK
+            assert resources.get_current_usage().reserved_bytes == reserved
+        assert (await manager.get_model_info("trunk")).kv_cache_bytes == 0

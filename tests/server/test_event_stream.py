@@ -49,12 +49,9 @@ class Stream:
             return text
 
     async def event(self) -> tuple[str, str, Any]:
-        name, number, data = (await self.part()).removesuffix("\n\n").split("\n")
-        return (
-            name.removeprefix("event: "),
-            number.removeprefix("id: "),
-            json.loads(data.removeprefix("data: ")),
-        )
+        lines = (await self.part()).removesuffix("\n\n").split("\n")
+        fields = dict(line.split(": ", 1) for line in lines)
+        return fields["event"], fields.get("id", ""), json.loads(fields["data"])
 
     async def until(self, name: str) -> Any:
         """Return the data of the next event of a name."""
@@ -64,7 +61,12 @@ class Stream:
                 return data
 
 
-async def connect(served: Served, query: str = "", receive_buffer: int | None = None) -> Stream:
+async def connect(
+    served: Served,
+    query: str = "",
+    receive_buffer: int | None = None,
+    after: str | None = None,
+) -> Stream:
     host, port = served.url.removeprefix("http://").split(":")
     sock = socket.socket()
     if receive_buffer is not None:
@@ -72,7 +74,9 @@ async def connect(served: Served, query: str = "", receive_buffer: int | None = 
     sock.setblocking(False)
     await asyncio.get_running_loop().sock_connect(sock, (host, int(port)))
     reader, writer = await asyncio.open_connection(sock=sock, limit=4096)
-    writer.write(f"GET /v2/events{query} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode())
+    more = "" if after is None else f"Last-Event-ID: {after}\r\n"
+    head = f"GET /v2/events{query} HTTP/1.1\r\nHost: {host}:{port}\r\n{more}\r\n"
+    writer.write(head.encode())
     return Stream(reader, writer)
 
 
@@ -87,21 +91,24 @@ async def test_the_present_state_then_every_transition(
     assert b"cache-control: no-cache" in stream.headers
     first, second = await stream.event(), await stream.event()
     assert (first[0], first[2]["model_id"], first[2]["status"]) == ("model", "trunk", "ready")
-    assert second == (
+    assert first[1] == ""  # who has not every state can't go on
+    name, began, data = second
+    assert (name, data) == (
         "model",
-        "2",
         {"model_id": "late", "status": "absent", "reason": "not loaded"},
     )
+    stream_name, number = began.rsplit("-", 1)
 
     await manager.load_model(trunk_config("late"))
     await manager.unload_model("late")
 
     events = [await stream.event() for _ in range(4)]
-    assert [(e[0], e[1], e[2]["old"], e[2]["new"]) for e in events] == [
-        ("transition", "3", "absent", "loading"),
-        ("transition", "4", "loading", "ready"),
-        ("transition", "5", "ready", "unloading"),
-        ("transition", "6", "unloading", "absent"),
+    assert [e[1] for e in events] == [f"{stream_name}-{int(number) + n}" for n in (1, 2, 3, 4)]
+    assert [(e[0], e[2]["old"], e[2]["new"]) for e in events] == [
+        ("transition", "absent", "loading"),
+        ("transition", "loading", "ready"),
+        ("transition", "ready", "unloading"),
+        ("transition", "unloading", "absent"),
     ]
     assert events[0][2]["operation_id"] == events[1][2]["operation_id"]
     stream.writer.close()
@@ -240,3 +247,81 @@ async def test_a_reader_that_does_not_read_does_not_hold_the_end(
     assert await asyncio.wait_for(served.stop(), PATIENCE) == 0
 
     stream.writer.close()
+
+
+# --- Going on ------------------------------------------------------------------------------------
+
+
+async def position_of(served: Served) -> str:
+    """Return where a reader is that has seen every state, and goes."""
+    stream = await (await connect(served)).start()
+    await stream.event()
+    _, position, _ = await stream.event()
+    stream.writer.close()
+    return position
+
+
+@anyio
+async def test_who_comes_back_gets_what_it_missed_and_no_states(
+    served: Served, manager: AsyncModelManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loads, "TICK", 600)
+    position = await position_of(served)
+    await manager.load_model(trunk_config("late"))
+    await manager.unload_model("trunk")
+
+    for query, expected in (
+        ("", [("late", "loading"), ("late", "ready"), ("trunk", "unloading"), ("trunk", "absent")]),
+        ("?model=late", [("late", "loading"), ("late", "ready")]),
+    ):
+        stream = await (await connect(served, query, after=position)).start()
+        missed = [await stream.event() for _ in expected]
+        assert [(e[2]["model_id"], e[2]["new"]) for e in missed] == expected
+        stream.writer.close()
+
+    # and goes on from any of them, with what comes after
+    stream = await (await connect(served, after=missed[0][1])).start()
+    assert (await stream.event())[1:] == missed[1][1:]
+    await manager.unload_model("late")
+    assert (await stream.event())[2]["new"] == "unloading"
+    stream.writer.close()
+
+
+@anyio
+@pytest.mark.parametrize(
+    "after", ["0badcafe-3", "nonsense", "-1", "12", "{name}-999999", "{name}-" + "9" * 4000]
+)
+async def test_a_position_that_is_none_is_told_and_the_states_come(
+    served: Served, after: str
+) -> None:
+    name = (await position_of(served)).rsplit("-", 1)[0]
+
+    stream = await (await connect(served, after=after.format(name=name))).start()
+
+    event, position, lost = await stream.event()
+    assert (event, position, lost["count"]) == ("lost", "", None)
+    assert [(await stream.event())[0] for _ in range(2)] == ["model", "model"]
+    stream.writer.close()
+
+
+@anyio
+async def test_who_was_away_too_long_is_told_how_much_it_lost(
+    served: Served, manager: AsyncModelManager
+) -> None:
+    position = await position_of(served)
+    missed = event_bus.HISTORY_LENGTH + 5
+    for number in range(missed):
+        event = TransitionEvent("late", number, None, ModelStatus.LOADING, "", 0.0, 0.0)
+        manager._table.bus.publish(event)
+
+    stream = await (await connect(served, after=position)).start()
+
+    name, _, lost = await stream.event()
+    assert (name, lost["count"]) == ("lost", missed)
+    states = [await stream.event() for _ in range(2)]
+    assert [e[0] for e in states] == ["model", "model"]
+    manager._table.bus.publish(event)
+    again = await (await connect(served, after=states[1][1])).start()
+    assert (await again.event())[0] == (await stream.event())[0] == "transition"
+    stream.writer.close()
+    again.writer.close()

@@ -346,7 +346,20 @@ async def test_a_load_that_is_asked_for_later_does_not_make_the_daemon_unready(
     loader.gate.set()
 
 
-async def test_one_that_fails_does_until_it_is_taken_out(served: Served) -> None:
+async def test_nor_does_one_that_fails_and_need_not_be_there(served: Served) -> None:
+    await post(served, "broken", "load")
+
+    assert (await served.ask("/v2/health/ready")).status == 200
+    model = await served.ask("/v2/models/broken/ready")
+    assert (model.status, model.json["ready"]) == (503, False)
+
+
+async def test_one_that_should_be_there_and_fails_does_until_it_is_taken_out(serve: Any) -> None:
+    served = await serve("broken", management=True)
+    await served.line()
+    assert (await post(served, "broken", "unload")).status == 200
+    assert (await served.ask("/v2/health/ready")).status == 200
+
     await post(served, "broken", "load")
 
     ready = await served.ask("/v2/health/ready")

@@ -86,7 +86,7 @@ def test_sizes_and_loads_under_way_are_shown() -> None:
         [
             ModelInfo("a", ModelStatus.LOADING, predicted_bytes=7),
             ModelInfo("b", ModelStatus.READY, reloading=True, predicted_bytes=8, resident_bytes=9),
-            ModelInfo("c", ModelStatus.READY),
+            ModelInfo("c", ModelStatus.READY, kv_cache_budget=6, kv_cache_bytes=5),
         ]
     )
 
@@ -94,6 +94,9 @@ def test_sizes_and_loads_under_way_are_shown() -> None:
     assert value("splitlearn_model_loads_in_progress") == 2
     for model, kind, size in (("a", "predicted", 7), ("b", "predicted", 8), ("b", "actual", 9)):
         assert value("splitlearn_model_size_bytes", {"model": model, "kind": kind}) == size
+    for model, kind, nbytes in (("c", "budget", 6), ("c", "used", 5), ("b", "budget", None)):
+        labels = {"model": model, "kind": kind}
+        assert value("splitlearn_model_kv_cache_bytes", labels) == nbytes
 
 
 def test_requests_in_flight_and_the_loops_lag() -> None:

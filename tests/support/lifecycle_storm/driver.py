@@ -24,8 +24,11 @@ from splitlearn_manager.core.resources import ResourceManager
 from splitlearn_manager.core.retry import RetryPolicy
 from splitlearn_manager.core.states import ModelStatus
 from splitlearn_manager.errors import DrainTimeoutError, ManagerError
+from splitlearn_manager.serving.cache_memory import CacheMemory
+from splitlearn_manager.serving.errors import NoMemoryError
 
 if TYPE_CHECKING:
+    from splitlearn_manager.core.entries import AsyncManagedModel
     from splitlearn_manager.core.lease import Hold
 
 IDS = ("a", "b", "c", "d")
@@ -47,6 +50,7 @@ _WEIGHTS = {
     "use": 7,
     "hang": 3,
     "hold": 4,
+    "cache": 6,
     "keep": 2,
     "leave": 6,
     "fate": 16,
@@ -101,11 +105,12 @@ class Storm:
         sizes = {m: MemoryEstimate(p, p * rng.randrange(4, 10) // 10) for m, p in peaks.items()}
         self._loader = StormLoader(sizes)
         self._manager = self._make_manager()
-        self._oracle = Oracle(self._manager, LONGEST)
+        self._memory = CacheMemory(self._manager.resource_manager)
+        self._oracle = Oracle(self._manager, LONGEST, self._memory)
         self._callers: set[asyncio.Task[Any]] = set()
         self._blocks: list[asyncio.Event] = []
         self._gates: list[threading.Event] = []
-        self._holds: list[Hold] = []
+        self._holds: list[Hold | _CachingHold] = []
         self._kept: list[Any] = []
         self._trials: list[Trial] = []
         self._wrong: list[str] = []
@@ -256,6 +261,21 @@ class Storm:
         self._call("hold", model_id, begin)
         return "lets go at once" if at_once else "lets go later"
 
+    def _do_cache(self, model_id: str) -> str:
+        """Open a session, which grows, and gives back what it has when it ends."""
+        wanted = [self._rng.randrange(1, 200) for _ in range(self._rng.randrange(1, 4))]
+
+        async def begin() -> None:
+            async with self._manager.use(model_id) as managed:
+                session = _CachingHold(managed, self._memory)
+                self._holds.append(session)
+                for nbytes in wanted:
+                    session.grow(nbytes)
+                    await asyncio.sleep(0)
+
+        self._call("hold", model_id, begin)
+        return f"{wanted}"
+
     def _do_keep(self, model_id: str) -> None:
         """Keep a model beyond its time, or let such a one go."""
         if self._kept and self._rng.random() < 0.6:
@@ -322,6 +342,8 @@ class Storm:
         changes: dict[str, Any] = rng.choice(({}, {}, {"dtype": "float16"}, {"pinned": True}))
         if not changes and rng.random() < 0.2:
             changes = {"ttl": 0.01}
+        if rng.random() < 0.4:
+            changes = {**changes, "kv_cache_memory": rng.randrange(1, 300)}
         return ModelConfig(model_id, "nowhere", config=_SPLIT, **changes)
 
     def _call(
@@ -417,6 +439,7 @@ class Storm:
             "waiting for memory": manager.resource_manager.on_change,
             "leases": [m._leases for m in self._oracle.seen if m._leases],
             "in flight": [m.model_id for m in self._oracle.seen if m.in_flight],
+            "caches": [m.model_id for m in self._oracle.seen if m.kv_cache_bytes],
             "timers": [m.timer for m in self._oracle.seen if m.timer is not None],
             "models kept": [m for m in self._oracle.seen if m._model is not None],
             "tasks": [
@@ -426,6 +449,30 @@ class Storm:
             ],
         }
         self._wrong += [f"left over: {name}: {what}" for name, what in left.items() if what]
+
+
+class _CachingHold:
+    """What a session is to the manager: a hold on its load, and memory for its cache."""
+
+    def __init__(self, managed: AsyncManagedModel, memory: CacheMemory) -> None:
+        self._managed, self._memory = managed, memory
+        self._nbytes = 0
+        self._hold: Hold | None = managed.hold(lambda _: self.release())
+
+    def grow(self, nbytes: int) -> None:
+        """Take so many bytes more, if they are to be had."""
+        if self._hold is None:
+            return
+        with suppress(NoMemoryError):
+            self._memory.grow(self._managed, nbytes)
+            self._nbytes += nbytes
+
+    def release(self) -> None:
+        """End; a second time does nothing."""
+        if self._hold is not None:
+            self._memory.give_back(self._managed, self._nbytes)
+            self._hold.release()
+        self._hold = None
 
 
 def _left_threads(before: set[threading.Thread]) -> list[str]:

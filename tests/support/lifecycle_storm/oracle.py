@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from splitlearn_manager.core.async_model_manager import AsyncModelManager
     from splitlearn_manager.core.events import TransitionEvent
     from splitlearn_manager.core.states import State
+    from splitlearn_manager.serving.cache_memory import CacheMemory
 
 LOADING, READY, UNLOADING, FAILED = (
     ModelStatus.LOADING,
@@ -50,11 +51,12 @@ class Oracle:
         seen: Every loaded model that ever was.
     """
 
-    def __init__(self, manager: AsyncModelManager, longest: float) -> None:
+    def __init__(self, manager: AsyncModelManager, longest: float, caches: CacheMemory) -> None:
         self.wrong: list[str] = []
         self.seen: set[AsyncManagedModel] = set()
         self._manager = manager
         self._longest = longest
+        self._caches = caches
         self._visible: dict[str, tuple[int, ModelStatus]] = {}
         self._retiring: dict[int, ModelStatus] = {}
         self._lives: dict[int, State] = {}
@@ -178,6 +180,7 @@ class Oracle:
             known = {
                 e.reservation for e in entries if e.reservation is not None and e.reservation.nbytes
             }
+            known |= set(self._caches._held.values())
             going = {r for r in held if r.leaving or r.lingering}
         if total > resources.capacity():
             self._say(f"{total} bytes are reserved of {resources.capacity()}")
@@ -188,6 +191,22 @@ class Oracle:
         accounted = sum(r.nbytes for r in known | going)
         if accounted != total:
             self._say(f"{total} bytes are reserved, the entries have {accounted}")
+        for managed in (e for e in entries if isinstance(e, AsyncManagedModel)):
+            self._check_caches(managed)
+
+    def _check_caches(self, managed: AsyncManagedModel) -> None:
+        """Sessions have what was reserved for them: of their model's, or beside it."""
+        used, budget = managed.kv_cache_bytes, managed.kv_cache_budget
+        beside = self._caches._held.get(managed)
+        if budget is None and used != (0 if beside is None else beside.nbytes):
+            self._say(f"sessions of {managed.model_id} have {used}, reserved is {beside}")
+        if budget is None or managed.status is not READY:
+            return
+        if used > budget or beside is not None:
+            self._say(f"sessions of {managed.model_id} have {used} of {budget}, and {beside}")
+        reserved = managed.reservation.nbytes if managed.reservation is not None else 0
+        if budget and reserved != managed.resident_bytes + budget:
+            self._say(f"{managed.model_id} has {reserved}, of which {budget} are for its sessions")
 
     def _check_ages(self) -> None:
         """No entry stays where it is to leave by itself."""
