@@ -86,6 +86,7 @@ class Conversation:
     wrong: list[str] = field(default_factory=list)
     known: dict[int, Known] = field(default_factory=dict)
     open: Counter[int] = field(default_factory=Counter)
+    asked: dict[int, list[Frame]] = field(default_factory=dict)
     requests: int = 0
     gone: bool = False
     ending: bool = False
@@ -97,7 +98,9 @@ class Conversation:
     def send(self, message: bytes, *raw: bytes) -> None:
         """Send a message, in one frame or as those given, and note that it has no answer yet."""
         try:
-            request = decode(message).request
+            frame = decode(message)
+            request = frame.request
+            self.asked.setdefault(request, []).append(frame)
         except WireError as error:
             request = error.request
             self.ending |= not error.header_ok
@@ -134,6 +137,9 @@ class Conversation:
             self.wrong.append(f"nobody asked for {frame}")
         self.open[frame.request] -= 1
         self.open += Counter()
+        asked = self.asked.get(frame.request, [])
+        if frame.kind is Kind.RESULT and not any(_answers(frame, one) for one in asked):
+            self.wrong.append(f"{frame} is no answer to {asked}")
         self.note(frame)
 
     def note(self, frame: Frame) -> None:
@@ -155,6 +161,15 @@ class Conversation:
                 pass
             case other:
                 self.wrong.append(f"the server sent {other.name}")
+
+
+def _answers(result: Frame, step: Frame) -> bool:
+    """Whether a RESULT can be that of a step: of its session, its shape, and its positions."""
+    given = step.tensor(TensorName.HIDDEN_STATES)
+    if step.kind is not Kind.STEP or given is None or result.session != step.session:
+        return False
+    end = step.position + given.shape[1]
+    return (result.position, result.tensors[0].shape) == (end, given.shape)
 
 
 @dataclass
