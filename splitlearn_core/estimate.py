@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from splitlearn_core.activations import forward_nbytes
 from splitlearn_core.loading.ahead import AT_ONCE
 
 if TYPE_CHECKING:
@@ -69,6 +68,8 @@ def estimate_part(
     most += max((layer.scratch for layer in layers), default=0)
     warm_up = 0
     if warm_up_positions:
+        from splitlearn_core.activations import forward_nbytes  # noqa: PLC0415 - imports torch
+
         warm_up = forward_nbytes(blueprint.model, blueprint.family, warm_up_positions)
     return MemoryEstimate(steady + max(most, warm_up), steady, warm_up)
 
