@@ -14,7 +14,7 @@ from serving_fakes import OnePart, daemon_in_thread, trunk_config
 from splitlearn_core import SplitModel
 from splitlearn_manager import AsyncModelManager, ResourceManager, ServerConfig
 from splitlearn_manager.client import RemoteTrunk
-from splitlearn_manager.client.errors import RemoteSessionClosed
+from splitlearn_manager.client.errors import RemoteSessionClosed, RemoteUnavailable
 from splitlearn_manager.config import DaemonConfig
 from splitlearn_manager.server.daemon import Daemon
 
@@ -133,6 +133,17 @@ def test_a_goodbye_leaves_no_session_behind(daemon: Daemon) -> None:
         second = trunk.new_cache()
         trunk(given(5, 0), past_key_values=second)
         assert sessions_open(daemon) == 1
+
+
+@pytest.mark.parametrize("nbytes", [1, 100, 200, 300, 400, 500, 600])
+def test_an_answer_that_is_cut_off_is_not_taken_for_another(wire: Wire, nbytes: int) -> None:
+    """It is no answer of another server, which would have to be looked into: it can be tried."""
+    wire.cut_after(nbytes)
+    with RemoteTrunk(wire.url, "trunk") as trunk:
+        with pytest.raises(RemoteUnavailable, match="cannot reach"):
+            assert trunk.num_layers
+
+        assert trunk.num_layers == 6
 
 
 def test_a_server_that_is_gone_is_said_to_be(wire: Wire) -> None:
