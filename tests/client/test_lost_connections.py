@@ -72,6 +72,21 @@ def test_a_session_goes_on(part: SplitModel, daemon: Daemon, wire: Wire, when: s
     assert steps_run == len(steps)
 
 
+@pytest.mark.parametrize("when", ["while nobody looked", "before the answer"])
+def test_a_session_is_opened_over_another_connection(
+    part: SplitModel, wire: Wire, when: str
+) -> None:
+    with RemoteTrunk(wire.url, "trunk") as trunk, torch.inference_mode():
+        trunk(given(5, 0))
+        if when == "while nobody looked":
+            wire.cut()
+        else:
+            wire.cut_after(1)
+        found = trunk(given(4, 1))
+
+    assert torch.equal(found, local(part, given(4, 1)))
+
+
 def test_rows_are_reordered_once(part: SplitModel, wire: Wire) -> None:
     first, second = torch.cat([given(5, 0), given(5, 1)]), torch.cat([given(1, 2), given(1, 3)])
     with RemoteTrunk(wire.url, "trunk") as trunk, torch.inference_mode():
