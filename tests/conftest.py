@@ -7,6 +7,7 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
 # In debug mode event loops warn of every step that took long.  On a busy machine any may, and tests
 # look at what was logged last; a loop that is really blocked is for `lifecycle_storm.watchdog`.
 logging.getLogger("asyncio").addFilter(lambda record: not record.msg.startswith("Executing "))
+
+# How long examples take, or are in the making, says how busy the machine is.
+settings.register_profile(
+    "any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any-machine")
 
 # What a shell starts in the background ignores SIGINT, and so does all that this starts in turn;
 # some tests interrupt what they have started.

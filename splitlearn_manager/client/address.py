@@ -7,7 +7,8 @@ import ssl
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException, HTTPSConnection, IncompleteRead
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -129,10 +130,13 @@ class Address:
                 connection.request("GET", self.prefix + path, headers=self.headers)
                 response = connection.getresponse()
                 status, body = response.status, response.read(_MAX_BODY)
+                left = response.length if len(body) < _MAX_BODY else 0
         except (OSError, HTTPException) as error:
             raise self.unreachable(error) from error
-        if status != 200:  # noqa: PLR2004 - OK
+        if status != HTTPStatus.OK:
             raise self.refusal(status, body)
+        if left or not body:  # nothing at all: its headers may have been cut off, too
+            raise self.unreachable(IncompleteRead(body, left))
         try:
             return json.loads(body)
         except ValueError:

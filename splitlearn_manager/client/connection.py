@@ -106,16 +106,25 @@ class SessionConnection:
             self._connect()
             self._close_abandoned()  # the server may have no room beside them
             self._connect()
+            wishes: dict[str, Any] = {"resume": True, **({"rollback": True} if rollback else {})}
+            if traceparent := trace_headers().get(TRACEPARENT):
+                wishes[TRACEPARENT] = traceparent
             try:
-                wishes: dict[str, Any] = {"resume": True}
-                if rollback:
-                    wishes["rollback"] = True
-                if traceparent := trace_headers().get(TRACEPARENT):
-                    wishes[TRACEPARENT] = traceparent
-                opened = self._ask(Frame(Kind.OPEN, info=wishes), Kind.OPENED)
+                return self._take(self._open(Frame(Kind.OPEN, info=wishes)))
             except RemoteSessionClosed as error:
                 raise RemoteUnavailable(str(error)) from error
-            return self._take(opened)
+
+    def _open(self, frame: Frame) -> Frame:
+        """Ask for a session; once more if the connection was lost, which may have been long ago.
+
+        A session that was opened, and not heard of, ends there by itself.
+        """
+        try:
+            return self._ask(frame, Kind.OPENED)
+        except RemoteSessionClosed as error:
+            logger.info("%s; trying again", error)
+        self._reconnect()
+        return self._ask(frame, Kind.OPENED)
 
     def fork_session(self, session: RemoteSession) -> RemoteSession:
         """Open a session that holds what another holds; raises as `step` does.

@@ -14,7 +14,7 @@ from serving_fakes import OnePart, daemon_in_thread, trunk_config
 from splitlearn_core import SplitModel
 from splitlearn_manager import AsyncModelManager, ResourceManager, ServerConfig
 from splitlearn_manager.client import RemoteTrunk
-from splitlearn_manager.client.errors import RemoteSessionClosed
+from splitlearn_manager.client.errors import RemoteSessionClosed, RemoteUnavailable
 from splitlearn_manager.config import DaemonConfig
 from splitlearn_manager.server.daemon import Daemon
 
@@ -70,6 +70,21 @@ def test_a_session_goes_on(part: SplitModel, daemon: Daemon, wire: Wire, when: s
         "splitlearn_session_steps_total", {"model": "trunk", "code": "ok"}
     )
     assert steps_run == len(steps)
+
+
+@pytest.mark.parametrize("when", ["while nobody looked", "before the answer"])
+def test_a_session_is_opened_over_another_connection(
+    part: SplitModel, wire: Wire, when: str
+) -> None:
+    with RemoteTrunk(wire.url, "trunk") as trunk, torch.inference_mode():
+        trunk(given(5, 0))
+        if when == "while nobody looked":
+            wire.cut()
+        else:
+            wire.cut_after(1)
+        found = trunk(given(4, 1))
+
+    assert torch.equal(found, local(part, given(4, 1)))
 
 
 def test_rows_are_reordered_once(part: SplitModel, wire: Wire) -> None:
@@ -133,6 +148,17 @@ def test_a_goodbye_leaves_no_session_behind(daemon: Daemon) -> None:
         second = trunk.new_cache()
         trunk(given(5, 0), past_key_values=second)
         assert sessions_open(daemon) == 1
+
+
+@pytest.mark.parametrize("nbytes", [1, 100, 200, 300, 400, 500, 600])
+def test_an_answer_that_is_cut_off_is_not_taken_for_another(wire: Wire, nbytes: int) -> None:
+    """It is no answer of another server, which would have to be looked into: it can be tried."""
+    wire.cut_after(nbytes)
+    with RemoteTrunk(wire.url, "trunk") as trunk:
+        with pytest.raises(RemoteUnavailable, match="cannot reach"):
+            assert trunk.num_layers
+
+        assert trunk.num_layers == 6
 
 
 def test_a_server_that_is_gone_is_said_to_be(wire: Wire) -> None:

@@ -106,7 +106,7 @@ def test_special_tokens_agree(model: PreTrainedModel, tokenizer: PreTrainedToken
 
 
 @given(text=st.text(max_size=80))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_text_comes_back_from_the_tokenizer(
     tokenizer: PreTrainedTokenizerBase, text: str
 ) -> None:

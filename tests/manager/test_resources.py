@@ -4,7 +4,7 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from splitlearn_core.machine import Memory, container_memory, host_memory
@@ -151,7 +151,6 @@ class Roomy(ResourceManager):
         return Memory(1000, 1000)
 
 
-@settings(deadline=None)  # a machine that is busy is no failure
 @given(st.lists(st.tuples(st.sampled_from(["reserve", "resize", "release"]), st.integers(0, 150))))
 def test_never_more_is_reserved_than_there_is(operations: list[tuple[str, int]]) -> None:
     resources = Roomy(memory_limit=100)
