@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 logging.getLogger("asyncio").addFilter(lambda record: not record.msg.startswith("Executing "))
 
 # How long examples take, or are in the making, says how busy the machine is.
-settings.register_profile(
-    "any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+_SLOW = [HealthCheck.too_slow]
+settings.register_profile("any-machine", deadline=None, suppress_health_check=_SLOW)
 settings.load_profile("any-machine")
 
 # What a shell starts in the background ignores SIGINT, and so does all that this starts in turn;
