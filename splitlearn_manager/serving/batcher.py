@@ -253,9 +253,8 @@ class Batcher:
         left = job.new - job.work.done
         if not self._joinable.chunks or self._limits.rows == 1:
             return left
-        others = (other.new - other.work.done for other in self._prompts)
-        short = 1 + sum(positions <= self._limits.piece for positions in others)
-        return self._pace.piece(left, job.rows, short, self._clock())
+        short = sum(other.new <= self._limits.piece for other in (job, *self._prompts))
+        return self._pace.piece(job.new, left, job.rows, short, self._clock())
 
     # --- Forwards --------------------------------------------------------------------------
 

@@ -3,10 +3,11 @@
 Pure bookkeeping of what the last forwards were and took; the batcher, which runs them, tells it.
 
 Those who step and those who wait for their first token have a claim to the model both.  While a
-prompt runs beside steps, a piece of it takes at most `PIECE_SHARE` of a forward of the steps, so
-that a step takes less than three times as long as usual.  Small pieces cost more than large ones,
-and forwards of few rows more than those of many: so while most clients wait for their first token,
-and none of them for long, a prompt runs in one piece.
+long prompt runs beside steps, a piece of it takes at most `LONG_SHARE` of a forward of the steps,
+so that a step takes less than three times as long as usual, however long that goes on.  A prompt
+that fits into one chunk is soon done, and small pieces cost more than large ones: its pieces take
+more, and where several such prompts wait, each runs in one piece, so that forwards of steps soon
+have all their rows.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from dataclasses import dataclass, field
 SHORTEST_PIECE = 16
 """Positions; a shorter piece would cost as much time."""
 
-PIECE_SHARE = 1.75
-"""Seconds of a piece of a prompt for each second of the last forward of steps."""
+LONG_SHARE = 1.75
+SHORT_SHARE = 4.0
+"""Seconds of a piece of a prompt for each second of the last forward of steps: of prompts that are
+longer than a chunk, and of the others."""
 
 WAITING_SHARE = 0.25
 LONGEST_WAIT = 0.02
@@ -65,11 +68,12 @@ class Pace:
         """Return the seconds that are left to wait for whoever is expected."""
         return self.ended + min(self.seconds * WAITING_SHARE, LONGEST_WAIT) - now
 
-    def piece(self, left: int, rows: int, short_prompts: int, now: float) -> int:
+    def piece(self, prompt: int, left: int, rows: int, short_prompts: int, now: float) -> int:
         """Return how many positions of a prompt to run now.
 
         Args:
-            left: Positions of the prompt that have not run.
+            prompt: Its positions.
+            left: Those that have not run.
             rows: Its rows.
             short_prompts: Prompts that wait, this one included, and fit into one chunk.
             now: The batcher's clock.
@@ -77,7 +81,9 @@ class Pace:
         alone = now - self.ended > RECENT * max(self.seconds, 1)
         if alone or not self.per_position:
             return min(left, self.chunk)
-        if left <= self.chunk and short_prompts > self.stepping:
+        short = prompt <= self.chunk
+        if short and short_prompts > 1:
             return left
-        fair = int(PIECE_SHARE * self.seconds / self.per_position / rows)
+        share = SHORT_SHARE if short else LONG_SHARE
+        fair = int(share * self.seconds / self.per_position / rows)
         return min(max(fair, SHORTEST_PIECE), left, self.chunk)

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 from splitlearn_manager.serving.pace import (
+    LONG_SHARE,
     LONGEST_WAIT,
-    PIECE_SHARE,
     RECENT,
+    SHORT_SHARE,
     SHORTEST_PIECE,
     WAITING_SHARE,
     Pace,
@@ -22,46 +23,53 @@ def pace(stepping: int, seconds: float = 0.3, per_position: float = 0.005) -> Pa
 
 
 def test_a_prompt_beside_steps_takes_a_share_of_their_time() -> None:
-    assert pace(8).piece(8192, 1, 0, NOW) == int(PIECE_SHARE * 0.3 / 0.005)
+    assert pace(8).piece(8192, 8192, 1, 0, NOW) == int(LONG_SHARE * 0.3 / 0.005)
 
 
 def test_the_rows_of_a_prompt_share_the_time() -> None:
-    assert pace(8).piece(8192, 3, 0, NOW) == int(PIECE_SHARE * 0.3 / 0.005 / 3)
+    assert pace(8).piece(8192, 8192, 3, 0, NOW) == int(LONG_SHARE * 0.3 / 0.005 / 3)
 
 
 def test_a_piece_is_never_too_short_to_pay() -> None:
-    assert pace(8, seconds=0.001).piece(8192, 1, 0, NOW) == SHORTEST_PIECE
+    assert pace(8, seconds=0.001).piece(8192, 8192, 1, 0, NOW) == SHORTEST_PIECE
 
 
 def test_a_piece_is_no_longer_than_what_is_left_or_a_chunk() -> None:
-    assert pace(8).piece(7, 1, 1, NOW) == 7
-    assert pace(8, seconds=60).piece(8192, 1, 0, NOW) == CHUNK
+    assert pace(8).piece(8192, 7, 1, 0, NOW) == 7
+    assert pace(8, seconds=60).piece(8192, 8192, 1, 0, NOW) == CHUNK
 
 
 def test_with_nobody_beside_it_a_prompt_runs_in_chunks() -> None:
-    assert Pace(CHUNK).piece(8192, 1, 0, NOW) == CHUNK
-    assert pace(8).piece(8192, 1, 0, NOW + RECENT + 0.1) == CHUNK
+    assert Pace(CHUNK).piece(8192, 8192, 1, 0, NOW) == CHUNK
+    assert pace(8).piece(8192, 8192, 1, 0, NOW + RECENT + 0.1) == CHUNK
 
 
 def test_steps_that_take_long_are_remembered_for_longer() -> None:
     slow = pace(8, seconds=2, per_position=0.1)
-    assert slow.piece(8192, 1, 0, NOW + 2 * RECENT - 0.1) == int(PIECE_SHARE * 2 / 0.1)
-    assert slow.piece(8192, 1, 0, NOW + 2 * RECENT + 0.1) == CHUNK
+    assert slow.piece(8192, 8192, 1, 0, NOW + 2 * RECENT - 0.1) == int(LONG_SHARE * 2 / 0.1)
+    assert slow.piece(8192, 8192, 1, 0, NOW + 2 * RECENT + 0.1) == CHUNK
 
 
 def test_the_first_piece_of_a_model_is_a_chunk() -> None:
     fresh = Pace(CHUNK)
     fresh.steps_ran(frozenset({1}), 0.3, ended=NOW)
-    assert fresh.piece(128, 1, 1, NOW) == 128
+    assert fresh.piece(128, 128, 1, 1, NOW) == 128
 
 
-def test_short_prompts_come_first_while_most_wait_with_one() -> None:
-    assert pace(3).piece(128, 1, 4, NOW) == 128
-    assert pace(4).piece(128, 1, 4, NOW) == int(PIECE_SHARE * 0.3 / 0.005)
+def test_a_prompt_of_a_chunk_is_soon_done() -> None:
+    assert pace(8).piece(300, 300, 1, 1, NOW) == int(SHORT_SHARE * 0.3 / 0.005)
+
+
+def test_the_end_of_a_long_prompt_is_that_of_a_long_prompt() -> None:
+    assert pace(8).piece(8192, 300, 1, 0, NOW) == int(LONG_SHARE * 0.3 / 0.005)
+
+
+def test_short_prompts_that_wait_together_run_whole() -> None:
+    assert pace(8).piece(300, 300, 1, 2, NOW) == 300
 
 
 def test_a_long_prompt_does_not_come_first_however_many_wait() -> None:
-    assert pace(1).piece(CHUNK + 1, 1, 9, NOW) == int(PIECE_SHARE * 0.3 / 0.005)
+    assert pace(1).piece(CHUNK + 1, CHUNK + 1, 1, 9, NOW) == int(LONG_SHARE * 0.3 / 0.005)
 
 
 def test_those_of_the_last_two_forwards_are_expected() -> None:
