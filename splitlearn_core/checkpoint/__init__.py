@@ -1,0 +1,29 @@
+"""Weights, adapters and training state on disk: of parts and of whole models.
+
+The names below are imported when first used, so that what needs no torch stays cheap to import.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from splitlearn_core.checkpoint.parameters import ParameterCounts, count_parameters
+
+__all__ = [
+    "ParameterCounts",
+    "count_parameters",
+]
+
+_HOMES = {
+    "ParameterCounts": "parameters",
+    "count_parameters": "parameters",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module at its first use (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
