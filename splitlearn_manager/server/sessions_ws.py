@@ -397,10 +397,10 @@ def _wishes(frame: Frame) -> dict[str, Any]:
     Raises:
         BadOpenError: It asks for something else, or in another form.
     """
-    known = ("max_length", "rows", "rollback", "resume", TRACEPARENT)
+    known = ("max_length", "rows", "rollback", "resume", "timings", TRACEPARENT)
     if unknown := sorted(frame.info.keys() - set(known)):
         raise BadOpenError(f"OPEN has {', '.join(known)} or nothing, found {', '.join(unknown)}")
-    for name in ("rollback", "resume"):
+    for name in ("rollback", "resume", "timings"):
         if not isinstance(frame.info.get(name, False), bool):
             raise BadOpenError(f"{name} must be true or false, found {frame.info[name]!r}")
     if not isinstance(frame.info.get(TRACEPARENT, ""), str):

@@ -7,6 +7,7 @@ session's `State` is only read: it belongs to the event loop.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ from splitlearn_manager.serving.wire import Frame, Kind, TensorName, WireTensor,
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+_MICRO = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,9 @@ class Work:
         cache: The session's, which may end, and let go of it, while its step is under way.
         inputs: Its tensors, once it has begun.
         pieces: What the part gave for the positions that are done.
+        since: When it came, or its last piece ended, on the clock of `time.perf_counter`.
+        waited: Seconds in which it waited for its turns.
+        ran: Seconds that its forwards took, with those who shared them.
         dropped: Whether nobody waits for it any more; set by the event loop.
     """
 
@@ -66,6 +72,9 @@ class Work:
     cache: Any
     inputs: Inputs | None = None
     pieces: list[HiddenState] = field(default_factory=list)
+    since: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+    ran: float = 0.0
     dropped: bool = False
 
     def begin(self) -> Inputs:
@@ -80,10 +89,27 @@ class Work:
                 trim(self.cache)
         return self.inputs
 
+    def turn_began(self, now: float) -> None:
+        """Note that it waits no longer."""
+        self.waited += now - self.since
+        self.since = now
+
+    def turn_ended(self, now: float) -> None:
+        """Note that its forward has ended, which began with its turn."""
+        self.ran += now - self.since
+        self.since = now
+
     @property
     def done(self) -> int:
         """Positions that are done."""
         return sum(piece.shape[1] for piece in self.pieces)
+
+    @property
+    def timings(self) -> dict[str, int]:
+        """How long it waited and ran, in microseconds, where its client wants to know."""
+        if not self.state.timings:
+            return {}
+        return {"queue_us": round(self.waited * _MICRO), "forward_us": round(self.ran * _MICRO)}
 
 
 def run_piece(part: Part, work: Work, most: int) -> Outcome | None:
@@ -95,6 +121,7 @@ def run_piece(part: Part, work: Work, most: int) -> Outcome | None:
         NotFiniteError: What the part gave is not; the cache holds what made it so.
     """
     _check_wanted(work)
+    work.turn_began(time.perf_counter())
     inputs = work.begin()
     start = work.done
     stop = min(start + most, work.step.new)
@@ -109,6 +136,7 @@ def run_piece(part: Part, work: Work, most: int) -> Outcome | None:
     )
     given = HiddenState.of(output)
     _check_given(given, work.state.length + start)
+    work.turn_ended(time.perf_counter())
     work.pieces.append(given)
     return _answer(work) if stop == work.step.new else None
 
@@ -153,6 +181,9 @@ def _run_joined(
 ) -> list[Work]:
     """Run steps as one batch; return those that are to be run alone, because that failed."""
     joined: JoinedCache | None = None
+    started = time.perf_counter()
+    for work in works:
+        work.turn_began(started)
     try:
         with torch.inference_mode():
             joined = JoinedCache([work.cache for work in works])
@@ -163,7 +194,9 @@ def _run_joined(
         if joined is not None:
             joined.roll_back()
         return works
+    ended = time.perf_counter()
     for number, work in enumerate(works):
+        work.turn_ended(ended)
         work.pieces.append(_rows(output, joined.rows_of(number)))
         outcomes[work] = _answer(work)
     return []
@@ -255,7 +288,8 @@ def _answer(work: Work) -> Outcome:
         raise RuntimeError(f"the part gave {shown(result)} for {shown(step.hidden)}")
     end = work.state.length + step.new
     beside = _beside(contract, left, result)
-    reply = Frame(Kind.RESULT, step.request, step.session, end, tensors=(result, *beside))
+    tensors = (result, *beside)
+    reply = Frame(Kind.RESULT, step.request, step.session, end, tensors, work.timings)
     return Outcome(encode(reply), work.begin().mask)
 
 

@@ -193,6 +193,7 @@ class SessionTable:
         rows: int = 1,
         rollback: bool = False,
         resume: bool = False,
+        timings: bool = False,
     ) -> Session:
         """Open a session for a connection.
 
@@ -205,6 +206,8 @@ class SessionTable:
             rows: Sequences that memory is reserved for.
             rollback: Whether the last step must always be possible to take back.
             resume: Whether the session is to outlive its connection.
+            timings: Whether each RESULT is to say how long its step waited, and its forward took
+                (`splitlearn_manager.serving.wire`).
 
         Raises:
             SessionError: No more sessions, for this client or at all, no memory, too long, not a
@@ -217,7 +220,7 @@ class SessionTable:
             _check_rows(rows)
             contract = Contract.of(managed.model)
             length = _granted_length(max_length, contract.max_positions)
-            state = State(contract, managed.model.new_cache(), length, rollback)
+            state = State(contract, managed.model.new_cache(), length, rollback, timings)
             if rollback:
                 _record_past(state)
             if max_length is not None:

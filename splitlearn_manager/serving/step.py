@@ -162,6 +162,7 @@ class State:
         batch: Rows, fixed by the first step.
         mask: uint8 [batch, length] on the CPU, 0 for padding; `None` while no step had a mask.
         records: Whether the last step can be taken back, whatever the layers are.
+        timings: Whether each answer says how long its step waited, and its forward took.
         reserved: Bytes of memory that its cache may take.
         positions: Positions of all rows that were claimed for it.
     """
@@ -170,6 +171,7 @@ class State:
     cache: Any
     max_length: int | None
     records: bool = False
+    timings: bool = False
     reserved: int = 0
     positions: int = 0
     length: int = 0

@@ -2,12 +2,19 @@
 
 One WebSocket message is one frame.  All numbers are little-endian::
 
-    header      <BBBBIII   version, kind, tensor_count, flags (0), request, session, position
+    header      <BBBBIII   version, kind, tensor_count, flags, request, session, position
     descriptor  <BBBB      name, dtype, ndim, 0, followed by ndim dimensions of <I
     data                   the raw row-major bytes of each tensor, in order, with no padding
 
 STEP and RESULT carry tensors.  Every other kind carries one JSON object, and an empty body means
-`{}`.  `request` is the client's own number and comes back in the answer; what the server says on
+`{}`.  Flags are 0, but for a RESULT with something to say besides: flag 1 announces a JSON object
+behind its tensors, which is never empty.  Where a session's OPEN had `"timings": true`, its RESULTs
+say how long the step waited for its turn (in pieces: for all its turns), and how long its forward
+took (that of all who shared it; of pieces, the sum), in whole microseconds::
+
+    {"queue_us": 1830, "forward_us": 48211}
+
+`request` is the client's own number and comes back in the answer; what the server says on
 its own account has request 0.
 
 A frame is judged before anything is allocated for it: the sizes that it declares have to add up to
@@ -168,6 +175,8 @@ _TORCH_NAME = {
     DType.UINT8: "uint8",
 }
 _WITH_TENSORS = frozenset({Kind.STEP, Kind.RESULT})
+_INFO_BEHIND = 0x01
+"""The flag of a RESULT with JSON behind its tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +194,7 @@ class WireTensor:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame: a STEP or RESULT has `tensors`, every other kind has `info`."""
+    """One frame: a STEP or RESULT has `tensors`, every other kind has `info`, a RESULT may."""
 
     kind: Kind
     request: int = 0
@@ -229,18 +238,24 @@ def encode(frame: Frame) -> bytes:
         return _encode_tensors(frame)
     if frame.tensors:
         raise ValueError(f"a {frame.kind.name} frame carries JSON, not tensors")
-    body = json.dumps(dict(frame.info), separators=(",", ":")).encode() if frame.info else b""
+    return _encode_header(frame) + _encode_info(frame)
+
+
+def _encode_info(frame: Frame) -> bytes:
+    if not frame.info:
+        return b""
+    body = json.dumps(dict(frame.info), separators=(",", ":")).encode()
     if len(body) > MAX_CONTROL_BYTES:
         raise ValueError(f"the JSON body is {len(body)} bytes, at most {MAX_CONTROL_BYTES} travel")
-    return _encode_header(frame) + body
+    return body
 
 
-def _encode_header(frame: Frame) -> bytes:
+def _encode_header(frame: Frame, flags: int = 0) -> bytes:
     return _HEADER.pack(
         VERSION,
         frame.kind,
         len(frame.tensors),
-        0,
+        flags,
         frame.request,
         frame.session,
         frame.position,
@@ -248,13 +263,15 @@ def _encode_header(frame: Frame) -> bytes:
 
 
 def _encode_tensors(frame: Frame) -> bytes:
-    if frame.info:
+    if frame.info and frame.kind is not Kind.RESULT:
         raise ValueError(f"a {frame.kind.name} frame carries tensors, not JSON")
     names = [tensor.name for tensor in frame.tensors]
     if len(set(names)) != len(names):
         raise ValueError(f"a tensor comes twice: {', '.join(name.name for name in names)}")
+    header = _encode_header(frame, _INFO_BEHIND if frame.info else 0)
     descriptors = [_encode_descriptor(tensor) for tensor in frame.tensors]
-    return b"".join([_encode_header(frame), *descriptors, *(t.data for t in frame.tensors)])
+    data = [tensor.data for tensor in frame.tensors]
+    return b"".join([header, *descriptors, *data, _encode_info(frame)])
 
 
 def _encode_descriptor(tensor: WireTensor) -> bytes:
@@ -304,11 +321,12 @@ class _Decoder:
             kind = Kind(kind_code)
         except ValueError:
             self.fail(f"unknown frame kind {kind_code}")
-        if flags:
-            self.fail(f"flags are 0x{flags:02x}; version {VERSION} has none")
+        if flags & ~(_INFO_BEHIND if kind is Kind.RESULT else 0):
+            self.fail(f"flags are 0x{flags:02x}; {kind.name} of version {VERSION} has no such")
         if kind in _WITH_TENSORS:
-            tensors = self.tensors(tensor_count)
-            return Frame(kind, self.request, self.session, position, tensors=tensors)
+            tensors = self.tensors(tensor_count, exactly=not flags)
+            info = self.info_behind() if flags else {}
+            return Frame(kind, self.request, self.session, position, tensors=tensors, info=info)
         if tensor_count:
             self.fail(f"{kind.name} announces {tensor_count} tensors; it carries JSON")
         return Frame(kind, self.request, self.session, position, info=self.json())
@@ -322,6 +340,12 @@ class _Decoder:
         self.offset = _HEADER.size
         self.request, self.session, self.header_ok = request, session, True
         return kind, count, flags, position
+
+    def info_behind(self) -> dict[str, Any]:
+        found = self.json()
+        if not found:
+            self.fail("a flag announces JSON behind the tensors, and none follows")
+        return found
 
     def json(self) -> dict[str, Any]:
         body = bytes(self.rest(MAX_CONTROL_BYTES))
@@ -348,10 +372,10 @@ class _Decoder:
             self.fail(f"the JSON body is {len(rest)} bytes, at most {limit} are read")
         return rest
 
-    def tensors(self, count: int) -> tuple[WireTensor, ...]:
+    def tensors(self, count: int, *, exactly: bool) -> tuple[WireTensor, ...]:
         descriptors = self.descriptors(count)
         sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape in descriptors]
-        self.check_length(sum(sizes))
+        self.check_length(sum(sizes), exactly=exactly)
         tensors = []
         for (name, dtype, shape), size in zip(descriptors, sizes, strict=True):
             data = self.view[self.offset : self.offset + size]
@@ -359,9 +383,9 @@ class _Decoder:
             self.offset += size
         return tuple(tensors)
 
-    def check_length(self, declared: int) -> None:
+    def check_length(self, declared: int, *, exactly: bool) -> None:
         found = len(self.view) - self.offset
-        if declared != found:
+        if declared > found or (exactly and declared != found):
             self.fail(f"the tensors declare {declared} bytes of data, but {found} follow")
 
     def descriptors(self, count: int) -> Sequence[tuple[TensorName, DType, tuple[int, ...]]]:

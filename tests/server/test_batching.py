@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,9 +57,10 @@ class Bench:
     table: SessionTable
     forwards: Forwards
     given: dict[Session, list[HiddenState]] = field(default_factory=dict)
+    said: dict[Session, Mapping[str, Any]] = field(default_factory=dict)
 
-    async def open(self) -> Session:
-        return await self.table.open(Owner(), "trunk")
+    async def open(self, **wishes: Any) -> Session:
+        return await self.table.open(Owner(), "trunk", **wishes)
 
     def start(
         self, session: Session, hidden: torch.Tensor, positions: torch.Tensor | None = None
@@ -79,6 +81,7 @@ class Bench:
             reply = decode(await self.table.step(session, frame))
         finally:
             self.table.release(session)
+        self.said[session] = reply.info
         wire = reply.tensor(TensorName.HIDDEN_STATES)
         assert wire is not None
         return tensor_from_wire(wire)
@@ -297,6 +300,69 @@ async def test_a_prompt_runs_in_pieces_and_steps_come_between(
     assert not prompt.done()
     assert close(await prompt, bench.expected(trunk, newcomer)[-1])
     assert len(bench.forwards.rows) > 4
+
+
+async def test_who_wants_to_know_hears_how_long_a_step_waited_and_ran(bench: Bench) -> None:
+    timed, same, other = [await bench.open(timings=wish) for wish in (True, True, False)]
+    for session in (timed, same, other):
+        await bench.start(session, hidden(3))
+    start = time.perf_counter()
+    gate = await bench.hold()
+    steps = [bench.start(session, hidden(1)) for session in (timed, same, other)]
+    await _queued(bench, steps)
+    queued = time.perf_counter()
+    for _ in range(1000):
+        await asyncio.sleep(0)
+    held = time.perf_counter()
+    gate.set()
+    await asyncio.gather(*steps)
+    end = time.perf_counter()
+
+    assert bench.said[other] == {}
+    for session in (timed, same):
+        said = bench.said[session]
+        assert sorted(said) == ["forward_us", "queue_us"]
+        assert all(type(value) is int for value in said.values())
+        assert said["queue_us"] >= (held - queued) * 1e6 - 1
+        assert sum(said.values()) <= (end - start) * 1e6 + 1
+    assert bench.said[timed]["forward_us"] == bench.said[same]["forward_us"] > 0
+
+
+async def test_a_prompt_in_pieces_says_what_all_of_them_waited_and_ran(
+    bench: Bench, trunk: SplitModel
+) -> None:
+    (session,) = await prompts(bench, [3])
+    newcomer = await bench.open(timings=True)
+    spans: list[tuple[int, float]] = []
+
+    def note(_: Any, args: Any) -> None:
+        spans.append((HiddenState.of(args[0]).shape[1], time.perf_counter()))
+
+    def note_end(*_: Any) -> None:
+        new, began = spans.pop()
+        spans.append((new, time.perf_counter() - began))
+
+    gate = await bench.hold()
+    start = time.perf_counter()
+    prompt = bench.start(newcomer, hidden(100))
+    await _queued(bench, [prompt])
+    step = bench.start(session, hidden(1))
+    await _queued(bench, [prompt, step])
+    with (
+        closing_hook(trunk.register_forward_pre_hook(note)),
+        closing_hook(trunk.register_forward_hook(note_end)),
+    ):
+        gate.set()
+        await asyncio.gather(prompt, step)
+    end = time.perf_counter()
+
+    said = bench.said[newcomer]
+    pieces = [seconds for new, seconds in spans if new > 1]
+    others = [seconds for new, seconds in spans if new == 1]
+    assert (len(pieces) > 4, len(others)) == (True, 1)
+    assert said["forward_us"] >= sum(pieces) * 1e6 - 1
+    assert said["queue_us"] >= sum(others) * 1e6 - 1
+    assert sum(said.values()) <= (end - start) * 1e6 + 1
 
 
 async def test_two_prompts_take_turns(bench: Bench, trunk: SplitModel) -> None:

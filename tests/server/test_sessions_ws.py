@@ -129,6 +129,22 @@ async def test_a_connection_holds_several_sessions_each_with_its_length(client: 
     assert refused.info["code"] == "too_long"
 
 
+async def test_who_asks_for_it_hears_how_long_steps_took_and_nobody_else(client: Client) -> None:
+    timed, other = await client.open(timings=True), await client.open(timings=False)
+
+    first = await client.ask(step(timed, 0, new=3))
+    second = await client.ask(step(timed, 3))
+    fork = (await client.ask(Frame(Kind.FORK, 4, timed))).session
+
+    for answer in (first, second, await client.ask(step(fork, 4))):
+        assert {name: type(value) for name, value in answer.info.items()} == {
+            "queue_us": int,
+            "forward_us": int,
+        }
+        assert min(answer.info.values()) >= 0
+    assert (await client.ask(step(other))).info == {}
+
+
 async def test_the_handshake_has_a_request_id(served: Any) -> None:
     headers = {"X-Request-ID": "abc"}
     async with connected(served.sessions_url(), additional_headers=headers) as client:
@@ -197,6 +213,7 @@ async def test_a_refused_frame_is_answered_and_the_connection_goes_on(client: Cl
         (Frame(Kind.OPEN, 5, info={"max_length": "x"}), "bad_open"),
         (Frame(Kind.OPEN, 5, info={"length": 1}), "bad_open"),
         (Frame(Kind.OPEN, 5, info={"traceparent": 1}), "bad_open"),
+        (Frame(Kind.OPEN, 5, info={"timings": 1}), "bad_open"),
         (Frame(Kind.OPEN, 5, info={"max_length": 10**4000}), "bad_open"),
         (Frame(Kind.OPEN, 5, info={"max_length": 2, "rows": 10**4000}), "bad_open"),
         (Frame(Kind.OPEN, 5, info={"rows": 4097}), "bad_open"),

@@ -19,6 +19,9 @@ U32 = st.integers(0, 2**32 - 1)
 WITH_TENSORS = st.sampled_from([Kind.STEP, Kind.RESULT])
 WITH_JSON = st.sampled_from([k for k in Kind if k not in (Kind.STEP, Kind.RESULT)])
 
+TEXT = st.text(st.sampled_from('aé\U0001f600"\\\n\0'), max_size=4)
+INFO = st.dictionaries(TEXT, st.none() | st.booleans() | st.integers() | TEXT, max_size=4)
+
 
 @st.composite
 def wire_tensors(draw: st.DrawFn, name: TensorName) -> WireTensor:
@@ -35,15 +38,14 @@ def wire_tensors(draw: st.DrawFn, name: TensorName) -> WireTensor:
 def tensor_frames(draw: st.DrawFn) -> Frame:
     names = draw(st.lists(st.sampled_from(TensorName), unique=True))
     tensors = tuple(draw(wire_tensors(name)) for name in names)
-    return Frame(draw(WITH_TENSORS), draw(U32), draw(U32), draw(U32), tensors=tensors)
+    kind = draw(WITH_TENSORS)
+    info = draw(INFO) if kind is Kind.RESULT else {}
+    return Frame(kind, draw(U32), draw(U32), draw(U32), tensors, info)
 
 
 @st.composite
 def json_frames(draw: st.DrawFn) -> Frame:
-    text = st.text(st.sampled_from('aé\U0001f600"\\\n\0'), max_size=4)
-    values = st.none() | st.booleans() | st.integers() | text
-    info = draw(st.dictionaries(text, values, max_size=4))
-    return Frame(draw(WITH_JSON), draw(U32), draw(U32), draw(U32), info=info)
+    return Frame(draw(WITH_JSON), draw(U32), draw(U32), draw(U32), info=draw(INFO))
 
 
 FRAMES = tensor_frames() | json_frames()
@@ -110,6 +112,16 @@ def test_a_control_frame_byte_for_byte() -> None:
     )
 
 
+def test_a_result_with_something_to_say_byte_for_byte() -> None:
+    mask = WireTensor(TensorName.ATTENTION_MASK, DType.UINT8, (1, 1), memoryview(b"\x01"))
+
+    assert wire.encode(Frame(Kind.RESULT, 1, 2, 3, (mask,), {"queue_us": 7})) == (
+        bytes.fromhex("01 04 01 01  01000000  02000000  03000000")
+        + bytes.fromhex("02 06 02 00  01000000 01000000  01")
+        + b'{"queue_us":7}'
+    )
+
+
 def test_an_empty_body_is_an_empty_object() -> None:
     assert wire.decode(bytes.fromhex("01 01 0000 01000000 00000000 00000000")).info == {}
 
@@ -127,7 +139,16 @@ def descriptor(
 
 BAD = [
     (header(kind=13), "unknown frame kind 13"),
-    (header(flags=4), "flags are 0x04"),
+    (header(flags=4), "flags are 0x04; STEP of version 1 has no such"),
+    (header(flags=1), "flags are 0x01; STEP of version 1 has no such"),
+    (header(kind=1, flags=1), "flags are 0x01; OPEN of version 1 has no such"),
+    (header(kind=4, flags=3), "flags are 0x03; RESULT of version 1 has no such"),
+    (header(kind=4, flags=1), "announces JSON behind the tensors, and none follows"),
+    (header(kind=4, flags=1) + b"[1]", "the body is a JSON list"),
+    (
+        header(kind=4, count=1, flags=1) + descriptor(1) + b"{}",
+        "declare 4 bytes of data, but 2 foll",
+    ),
     (header(kind=1, count=1), "OPEN announces 1 tensors"),
     (header(count=12), "12 tensors in one frame"),
     (header(count=1), "ends within the descriptor of tensor 0"),

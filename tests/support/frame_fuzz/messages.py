@@ -106,6 +106,7 @@ def opening(rng: random.Random, request: int) -> Frame:
         "max_length": (1, 20, MOST_POSITIONS),
         "rows": (1, 2, 3),
         "rollback": (True, False),
+        "timings": (True, False),
         "resume": (True, True, False),
     }.items():
         if rng.random() < 0.4:
@@ -191,7 +192,7 @@ def nonsense_body(rng: random.Random, message: bytes) -> bytes:
 
 def nonsense_value(rng: random.Random, message: bytes) -> bytes:
     """Give a key of the JSON a value that it does not take."""
-    key = rng.choice(("max_length", "rows", "rollback", "resume", "session", ""))
+    key = rng.choice(("max_length", "rows", "rollback", "resume", "timings", "session", ""))
     kinds = {"rows": (Kind.OPEN, Kind.REORDER), "resume": (Kind.OPEN, Kind.RESUME)}
     head = bytearray(message[: _HEADER.size])
     head[1], head[2] = rng.choice(kinds.get(key, (Kind.OPEN,))), 0
