@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NoReturn, Self
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
     from splitlearn_core.split_model import SplitModel
 
+Observer = Callable[[Any, float], None]
+"""Is told of each call of a part: the part, and the seconds that it took."""
+
 
 class SplitCausalLM(PreTrainedModel, GenerationMixin):
     """Bottom, Trunk and Top as one model, with transformers' `forward` and `generate`.
@@ -34,6 +38,10 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
             may be elsewhere: it need only be callable as a Trunk is, have `new_cache()`, and say
             its `start_layer` and `end_layer`.
         top: A local Top.
+
+    Attributes:
+        observer: Called after each call of a part with the part and its seconds; `None` (the
+            default) for nobody.
 
     Raises:
         ValueError: The parts don't follow one another, or are of different models.
@@ -56,6 +64,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         self.trunks = nn.ModuleList(t for t in trunks if isinstance(t, nn.Module))
         self.top = top
         self._middle = tuple(trunks)
+        self.observer: Observer | None = None
         self.generation_config = _generation_config(top)
         self.eval()  # type: ignore[no-untyped-call]  # transformers' override has no annotations
 
@@ -82,6 +91,22 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         """Dtype of Bottom's weights."""
         return self.bottom.dtype
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embeddings, which are Bottom's."""
+        embeddings: nn.Module = self.bottom.model.get_input_embeddings()
+        return embeddings
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the head, which is Top's."""
+        head: nn.Module | None = self.top.model.get_output_embeddings()
+        return head
+
+    def tie_weights(self, *_: Any, **__: Any) -> None:
+        """Do nothing: what is tied within a part was tied when it was loaded.
+
+        Where embeddings and head share their values, Bottom and Top have them once each.
+        """
+
     def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
         """Refuse: a chain has no files of its own, and its parts may be elsewhere.
 
@@ -91,6 +116,21 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         raise NotImplementedError(
             "a chain of parts can't be saved as one model; save its parts: part.save(folder)"
         )
+
+    def close(self) -> None:
+        """Let go of parts that are elsewhere: their sessions end, and using them again raises."""
+        for part in self._middle:
+            close = getattr(part, "close", None)
+            if close is not None:
+                close()
+
+    def __enter__(self) -> Self:
+        """Return the model itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of parts that are elsewhere."""
+        self.close()
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -169,10 +209,22 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
             shared = shared | {"logits_to_keep": last["logits_to_keep"]}
             last = {name: value for name, value in last.items() if name not in shared}
         types = {name: last[name] for name in ("token_type_ids",) if name in last}
-        hidden = self.bottom(input_ids, past_key_values=slots[0], **shared, **types)
+        call = _called if self.observer is None else self._observed
+        hidden = call(self.bottom, input_ids, past_key_values=slots[0], **shared, **types)
         for part, slot in zip(self._middle, slots[1:-1], strict=True):
-            hidden = part(hidden, past_key_values=slot, **shared)
-        return self.top(hidden, past_key_values=slots[-1], **shared, **last)
+            hidden = call(part, hidden, past_key_values=slot, **shared)
+        return call(self.top, hidden, past_key_values=slots[-1], **shared, **last)
+
+    def _observed(self, part: Any, given: Any, **arguments: Any) -> Any:
+        """Call a part, and tell the observer how long it took."""
+        start = time.perf_counter()
+        result = part(given, **arguments)
+        device = getattr(part, "device", None)
+        if isinstance(device, torch.device) and device.type == "cuda":
+            torch.cuda.synchronize(device)  # else it would count to whoever waits for it
+        if self.observer is not None:
+            self.observer(part, time.perf_counter() - start)
+        return result
 
     def _prepare_cache_for_generation(  # type: ignore[override]  # theirs says bool, returns None
         self,
@@ -211,6 +263,11 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave the parts' weights as they are: they are loaded already."""
+
+
+def _called(part: Any, given: Any, **arguments: Any) -> Any:
+    """Call a part."""
+    return part(given, **arguments)
 
 
 _JOINED: dict[tuple[type[Any], type[Any]], type[Any]] = {}

@@ -110,3 +110,53 @@ def test_a_copy_of_a_cache_goes_its_own_way(
 
     assert torch.allclose(found, unsplit(ids).logits[:, -1:], atol=1e-5)
     assert copy.get_seq_length() == cache.get_seq_length()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_embeddings_head_and_ties_are_found_where_other_libraries_look(
+    kind: str, chain_of: Callable[[str], Any]
+) -> None:
+    unsplit, chain = chain_of(kind)
+
+    assert torch.equal(chain.get_input_embeddings().weight, unsplit.get_input_embeddings().weight)
+    assert torch.equal(chain.get_output_embeddings().weight, unsplit.get_output_embeddings().weight)
+    head = chain.get_output_embeddings().weight
+    chain.tie_weights()
+    assert chain.get_output_embeddings().weight is head
+
+
+@torch.no_grad()
+def test_an_observer_is_told_of_each_call_of_a_part(
+    chain_of: Callable[[str], Any], ids: torch.Tensor
+) -> None:
+    _, chain = chain_of("llama")
+    plain = chain(ids).logits
+    calls: list[tuple[str, float]] = []
+    chain.observer = lambda part, seconds: calls.append((part.component, seconds))
+
+    observed = chain(ids).logits
+
+    assert torch.equal(observed, plain)
+    assert [name for name, _ in calls] == ["bottom", "trunk", "top"]
+    assert all(seconds > 0 for _, seconds in calls)
+
+
+def test_closing_a_chain_closes_what_is_elsewhere(chain_of: Callable[[str], Any]) -> None:
+    _, chain = chain_of("llama")
+    trunk = chain.parts[1]
+    closed: list[str] = []
+
+    class Elsewhere:
+        component = "trunk"
+        start_layer, end_layer = trunk.start_layer, trunk.end_layer
+
+        def close(self) -> None:
+            closed.append(self.component)
+
+    with SplitCausalLM(chain.bottom, Elsewhere(), chain.top) as remote:
+        assert isinstance(remote, SplitCausalLM)
+        assert not closed
+    assert closed == ["trunk"]
+
+    with chain:  # nothing to close
+        pass
