@@ -42,14 +42,25 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """What was written: length in bytes, and SHA-256 (hexadecimal)."""
+    """What was written: length in bytes, and SHA-256 (hexadecimal), if it was asked for."""
 
     nbytes: int
     sha256: str
 
 
+def in_file_order(specs: Mapping[str, TensorSpec]) -> list[str]:
+    """Return the names of tensors in the order in which `write_tensors` asks for them."""
+    # the widest elements first: each tensor then begins at a multiple of its own element's size
+    return sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+
+
 def write_tensors(
-    path: Path, specs: Mapping[str, TensorSpec], read: Callable[[str], torch.Tensor]
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    read: Callable[[str], torch.Tensor],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    hashed: bool = True,
 ) -> WrittenFile:
     """Write the tensors named in `specs` to a new file.
 
@@ -59,30 +70,31 @@ def write_tensors(
         path: The file; it must not be there.
         specs: Tensor name -> dtype and shape in the file.
         read: Returns a tensor by name, of that shape; it is cast to the dtype here.
+        metadata: Goes into the header, beside `format: pt`.
+        hashed: Whether to make the SHA-256; otherwise it is empty.
 
     Raises:
         ValueError: `read` returned a tensor of another shape.
         OSError: The file can't be written; what there is of it stays.
     """
-    # the widest elements first: each tensor then begins at a multiple of its own element's size
-    ordered = sorted(specs.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    header = _header(ordered)
+    ordered = [(name, specs[name]) for name in in_file_order(specs)]
     digest = hashlib.sha256()
+    hash_more = digest.update if hashed else _ignore
     with path.open("xb") as file:
-        _put(file, digest.update, header)
+        _put(file, hash_more, _header(ordered, metadata or {}))
         for name, spec in ordered:
             tensor = read(name)
             if tuple(tensor.shape) != spec.shape:
                 raise ValueError(f"{name} is {list(tensor.shape)}, not {list(spec.shape)}")
             for start in range(0, tensor.numel(), _CHUNK_ELEMENTS):
                 chunk = tensor.reshape(-1)[start : start + _CHUNK_ELEMENTS]
-                _put(file, digest.update, _raw(chunk.to("cpu", spec.dtype)))
-        return WrittenFile(file.tell(), digest.hexdigest())
+                _put(file, hash_more, _raw(chunk.to("cpu", spec.dtype)))
+        return WrittenFile(file.tell(), digest.hexdigest() if hashed else "")
 
 
-def _header(ordered: list[tuple[str, TensorSpec]]) -> bytes:
+def _header(ordered: list[tuple[str, TensorSpec]], metadata: Mapping[str, str]) -> bytes:
     """Return length and JSON of the header, padded with spaces as the format allows."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": {**metadata, "format": "pt"}}
     position = 0
     for name, spec in ordered:
         entries[name] = {
@@ -107,3 +119,7 @@ def _put(
     """Write and hash."""
     file.write(data)
     hash_more(data)
+
+
+def _ignore(data: bytes | memoryview) -> None:
+    """Hash nothing."""

@@ -74,6 +74,7 @@ def test_packed_weights_count_as_what_they_stand_for(
     assert count_parameters(packed).trainable == 0  # type: ignore[arg-type]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.compile's own
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["parallel", "compiled"])
 def test_a_wrapped_model_counts_as_the_one_within(
     wrap: Callable[[nn.Module], nn.Module],

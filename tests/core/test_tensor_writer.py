@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from splitlearn_core.headers import read_header
@@ -43,3 +44,16 @@ def test_the_writer_refuses_another_shape(tmp_path: Path) -> None:
         write_tensors(
             tmp_path / "f", {"w": TensorSpec(torch.float32, (2,))}, lambda _: torch.ones(3)
         )
+
+
+def test_what_is_not_hashed_is_the_same_file_with_its_metadata(tmp_path: Path) -> None:
+    specs = {"w": TensorSpec(torch.float32, (2,))}
+
+    written = write_tensors(
+        tmp_path / "f", specs, lambda _: torch.ones(2), metadata={"made": "here"}, hashed=False
+    )
+
+    with safe_open(tmp_path / "f", framework="pt") as file:
+        assert file.metadata() == {"made": "here", "format": "pt"}
+        assert torch.equal(file.get_tensor("w"), torch.ones(2))
+    assert written.sha256 == ""
