@@ -24,6 +24,7 @@ class ClientToken:
         max_sessions: Most sessions that it may hold, instead of `max_sessions_per_client`.
         max_positions: Most positions, instead of `max_positions_per_client`.
         max_cache_bytes: Most bytes of its caches, instead of `max_cache_bytes_per_client`.
+        max_infer: Most inference requests at once, instead of `max_infer_per_client`.
     """
 
     name: ModelId
@@ -32,6 +33,7 @@ class ClientToken:
     max_sessions: Annotated[int, Field(ge=1)] | None = None
     max_positions: Annotated[int, Field(ge=1)] | None = None
     max_cache_bytes: Annotated[ByteCount, Field(ge=1)] | None = None
+    max_infer: Annotated[int, Field(ge=1)] | None = None
 
 
 def _clients(value: Any) -> Any:

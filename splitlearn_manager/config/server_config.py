@@ -46,6 +46,8 @@ class ServerConfig:
         prefill_chunk_size: Most positions of a prompt in one forward, where sessions share.
         max_queue_size: Most inference requests of one model at once, from the first byte of the
             body to the last of the answer; one more is refused with 429 and `Retry-After`.
+        max_infer_per_client: Most of them of one client, to all models; `None` for no limit but
+            that of each model.
         max_frame_bytes: Longest message, or body of a request, that is read from a client.
         log_level: `debug`, `info`, `warning`, `error` or `critical`.
         log_format: `text` for people, `json` for one object per line.
@@ -77,6 +79,7 @@ class ServerConfig:
     max_batch_size: Count = 64
     prefill_chunk_size: Annotated[int, Field(ge=16)] = 512
     max_queue_size: Count = 64
+    max_infer_per_client: Count | None = None
     max_frame_bytes: Annotated[ByteCount, Field(ge=1024)] = 64 << 20
     log_level: LogLevel = "info"
     log_format: Literal["text", "json"] = "text"

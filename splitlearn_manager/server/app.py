@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from splitlearn_manager.observability import Metrics
     from splitlearn_manager.server.access_log import AccessLog
     from splitlearn_manager.server.catalogue import Catalogue
+    from splitlearn_manager.server.places import Shares
     from splitlearn_manager.server.readiness import Readiness
     from splitlearn_manager.server.sessions_ws import SessionEndpoint
     from splitlearn_manager.tracing import Tracing
@@ -52,6 +53,7 @@ def build_app(
     stopping: asyncio.Event,
     max_body_bytes: int,
     max_queue_size: int,
+    shares: Shares | None = None,
     access_log: AccessLog | None = None,
     tracing: Tracing | None = None,
 ) -> Starlette:
@@ -68,6 +70,7 @@ def build_app(
         stopping: Set when the daemon begins to shut down: whoever waits then waits no longer.
         max_body_bytes: Longest body of an inference request.
         max_queue_size: Most inference requests of one model at once.
+        shares: Most of one client.
         access_log: Where requests are logged, if they are.
         tracing: Where they are spans, if they are.
     """
@@ -81,6 +84,7 @@ def build_app(
         stopping,
         max_body_bytes=max_body_bytes,
         max_queue_size=max_queue_size,
+        shares=shares,
         tracing=tracing,
     )
     app = Starlette(

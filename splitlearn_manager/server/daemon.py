@@ -37,6 +37,7 @@ from splitlearn_manager.server.desired_models import DesiredModels
 from splitlearn_manager.server.http_server import HttpServer
 from splitlearn_manager.server.listener import listen, url_of
 from splitlearn_manager.server.loop_lag import watch_loop
+from splitlearn_manager.server.places import Shares
 from splitlearn_manager.server.readiness import Readiness
 from splitlearn_manager.server.security import AccessPolicy
 from splitlearn_manager.server.sessions_ws import SessionEndpoint
@@ -237,6 +238,7 @@ class Daemon:
             stopping=stopping,
             max_body_bytes=server.max_frame_bytes,
             max_queue_size=server.max_queue_size,
+            shares=_shares(server),
             access_log=access_log,
             tracing=tracing,
         )
@@ -461,6 +463,12 @@ def _quotas(server: ServerConfig) -> Quotas:
             for client in server.tokens
         },
     )
+
+
+def _shares(server: ServerConfig) -> Shares:
+    """Return how many inference requests clients may have, by the configuration."""
+    named = {client.name: client.max_infer for client in server.tokens}
+    return Shares(server.max_infer_per_client, named)
 
 
 def _count(number: int, noun: str) -> str:

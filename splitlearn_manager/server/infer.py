@@ -5,6 +5,8 @@ What a request may cost is bounded, and one that can't be taken on is told so at
 - A model has `server.max_queue_size` places.  A request takes one before its body is read, and has
   it until its answer has been sent.  Where none is free, it is answered with 429 and
   `Retry-After: 1`, without its body being read; nothing ever waits for a place.
+- A client may have `server.max_infer_per_client` of them, of all models, if that is set; one more
+  is answered likewise.
 - A body has `server.max_frame_bytes`, as it comes and as it is when decompressed (413), and must
   come at a pace (408).  An answer must be taken at the same pace, or the connection is dropped.
 - A model that is being loaded, is being unloaded or has failed is 503, with `Retry-After` where
@@ -36,8 +38,9 @@ from splitlearn_manager.server.answering import Response, send_answer
 from splitlearn_manager.server.management import CLIENT_CLOSED_REQUEST
 from splitlearn_manager.server.model_metadata import MODEL_VERSION
 from splitlearn_manager.server.model_path import named_model, ready_model
-from splitlearn_manager.server.places import Places
+from splitlearn_manager.server.places import Places, Shares
 from splitlearn_manager.server.request_body import whole_body
+from splitlearn_manager.server.security import CLIENT
 from splitlearn_manager.server.statistics import Stages
 from splitlearn_manager.server.waiting import SHUTTING_DOWN, unless_gone
 from splitlearn_manager.serving.content_coding import (
@@ -96,6 +99,7 @@ class InferRoutes:
         max_body_bytes: Longest body, as it comes and decompressed; also the longest output that is
             written as JSON, in bytes of its tensor.
         max_queue_size: Most requests of one model at once.
+        shares: Most of one client.
         tracing: Who makes spans of them, if anybody does.
     """
 
@@ -108,6 +112,7 @@ class InferRoutes:
         *,
         max_body_bytes: int,
         max_queue_size: int,
+        shares: Shares | None = None,
         tracing: Tracing | None = None,
     ) -> None:
         self._tracing = tracing
@@ -118,7 +123,7 @@ class InferRoutes:
         self._limit = max_body_bytes
         self._coders = asyncio.Semaphore(CODERS)
         self._signatures: WeakKeyDictionary[AsyncManagedModel, Signature] = WeakKeyDictionary()
-        self.places = Places(max_queue_size)
+        self.places = Places(max_queue_size, shares)
         metrics.follow_requests(self.places.taken)
 
     def routes(self) -> list[Route]:
@@ -152,7 +157,8 @@ class InferRoutes:
         """
         del receive  # the request has it
         exchange = _Exchange(request, model_id)
-        with self._counted(exchange), self.places.take(model_id):
+        client = getattr(request.state, CLIENT, "")
+        with self._counted(exchange), self.places.take(model_id, client):
             answer = await self._answer(exchange)
             if answer is None:
                 self._count(exchange, CANCELLED)

@@ -6,6 +6,7 @@ InferError (ManagerError)                     HTTP  code
 ├── BodyTooLargeError (ValueError)            413   too_large
 ├── UnsupportedEncodingError (ValueError)     415   unsupported_encoding
 ├── OverloadedError (RuntimeError)            429   overloaded
+│   └── ClientBusyError                       429   client_limit
 ├── InferFailedError (RuntimeError)           500   internal
 └── ShuttingDownError (RuntimeError)          503   draining
 """
@@ -56,6 +57,12 @@ class OverloadedError(InferError, RuntimeError):
     http_status = 429
     code = "overloaded"
     retry_after = 1
+
+
+class ClientBusyError(OverloadedError):
+    """The client has as many requests as it may; ask again when some have been answered."""
+
+    code = "client_limit"
 
 
 class InferFailedError(InferError, RuntimeError):

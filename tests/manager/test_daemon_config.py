@@ -83,10 +83,11 @@ def test_every_problem_of_a_file_is_told_with_line_and_key(file: Path) -> None:
         (
             f"{file}:3: server.hots: unknown key; did you mean 'host'? Known are"
             " access_log, drain_timeout, host, log_format, log_level, management, max_batch_size,"
-            " max_cache_bytes, max_cache_bytes_per_client, max_frame_bytes, max_positions,"
-            " max_positions_per_client, max_queue_size, max_sessions, max_sessions_per_client,"
-            " port, prefill_chunk_size, session_idle_timeout, session_resume_timeout, threads,"
-            " tls_cert_file, tls_key_file, token_env, token_file, tokens, tracing"
+            " max_cache_bytes, max_cache_bytes_per_client, max_frame_bytes, max_infer_per_client,"
+            " max_positions, max_positions_per_client, max_queue_size, max_sessions,"
+            " max_sessions_per_client, port, prefill_chunk_size, session_idle_timeout,"
+            " session_resume_timeout, threads, tls_cert_file, tls_key_file, token_env, token_file,"
+            " tokens, tracing"
         ),
         f"{file}:5: models[0].model_path: is missing",
         (

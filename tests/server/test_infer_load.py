@@ -19,6 +19,8 @@ from splitlearn_core.side_values import CrossingValue, Size
 from splitlearn_manager.config import ServerConfig
 from splitlearn_manager.errors import ConfigError
 from splitlearn_manager.server import answering, request_body
+from splitlearn_manager.server.places import Places, Shares
+from splitlearn_manager.serving.infer_errors import ClientBusyError, OverloadedError
 
 pytestmark = pytest.mark.anyio
 
@@ -107,6 +109,97 @@ async def test_each_model_has_places_of_its_own(
     part.gate.set()
 
     assert (other.status, (await first).status) == (200, 200)
+
+
+@pytest.fixture
+def tokens(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    for name in ("ANN", "BOB", "REST"):
+        monkeypatch.setenv(name, f"{name.lower()}s")
+    return [
+        {"name": "ann", "token_env": "ANN", "max_infer": 2},
+        {"name": "bob", "token_env": "BOB"},
+    ]
+
+
+def infer_as(served: Any, name: str, model: str = "trunk") -> asyncio.Task[Answer]:
+    token = {"Authorization": f"Bearer {name}s"}
+    return asyncio.create_task(asyncio.to_thread(post, served.url, model, ONE, **token))
+
+
+async def test_a_client_does_not_take_the_places_of_others(
+    serve: Any, part: Any, queued: asyncio.Semaphore, tokens: list[dict[str, Any]]
+) -> None:
+    """Ann may have two by her own limit, Bob one by everybody's, and so may an address."""
+    served = await serve(
+        tokens=tokens,
+        token_env="REST",  # noqa: S106 - a name
+        max_queue_size=4,
+        max_infer_per_client=1,
+    )
+    part.gate.clear()
+    held = []
+    for name in ("ann", "ann", "bob", "rest"):
+        held.append(infer_as(served, name))
+        await queued.acquire()
+
+    refused = [await infer_as(served, name) for name in ("ann", "bob", "rest")]
+    part.gate.set()
+    answers = [await one for one in held]
+    again = [await infer_as(served, name) for name in ("ann", "bob", "rest")]
+
+    assert [(one.status, one.headers["Retry-After"]) for one in refused] == [(429, "1")] * 3
+    assert [one.json["error"].split(" (")[0] for one in refused] == [
+        f"of client {client}, {held} inference requests are waiting or in flight already, and"
+        f" {held} may be"
+        for client, held in (("ann", 2), ("bob", 1), ("127.0.0.1", 1))
+    ]
+    assert [answer.status for answer in answers + again] == [200] * 7
+    assert outcomes(served, "client_limit") == 3
+    assert outcomes(served, "overloaded") == 0
+    assert outcomes(served, "ok") == 7
+
+
+async def test_a_client_s_requests_count_in_all_models(
+    serve: Any, manager: Any, part: Any, queued: asyncio.Semaphore
+) -> None:
+    await manager.load_model(trunk_config("trunk-1"))
+    served = await serve(max_infer_per_client=1)
+    part.gate.clear()
+    first = infer(served)
+    await queued.acquire()
+
+    other = await infer(served, model="trunk-1")
+    part.gate.set()
+
+    assert (other.status, (await first).status) == (429, 200)
+    assert (await infer(served, model="trunk-1")).status == 200
+
+
+async def test_a_client_that_goes_gives_its_share_back(serve: Any) -> None:
+    served = await serve(max_infer_per_client=1)
+    half = await asyncio.to_thread(half_a_request, served, 1000, b"{")
+    async with asyncio.timeout(30):
+        while (await infer(served)).status != 429:  # until its head has been read
+            pass
+
+    half.close()
+    await until(lambda: outcomes(served, "cancelled") == 1)
+
+    assert (await infer(served)).status == 200
+
+
+async def test_who_has_too_many_is_told_so_and_not_that_the_model_has() -> None:
+    places = Places(1, Shares(1, {"bob": None, "carl": 2}))
+    assert [places.shares.of(name) for name in ("ann", "bob", "carl")] == [1, 1, 2]
+
+    with places.take("trunk", "ann"):
+        with pytest.raises(ClientBusyError, match="of client ann, 1 inference requests"):
+            places.take("trunk", "ann").__enter__()
+        with pytest.raises(OverloadedError, match="model 'trunk' has 1 requests"):
+            places.take("trunk", "bob").__enter__()
+        assert (places.taken("trunk"), places.held("ann"), places.held("bob")) == (1, 1, 0)
+
+    assert (places.taken("trunk"), places.held("ann")) == (0, 0)
 
 
 async def test_a_refused_request_is_refused_before_its_body_is_here(
@@ -349,3 +442,12 @@ def test_there_must_be_a_place() -> None:
     with pytest.raises(ConfigError, match="max_queue_size"):
         ServerConfig(max_queue_size=0)
     assert ServerConfig().max_queue_size == 64
+
+
+def test_a_client_must_have_a_place() -> None:
+    with pytest.raises(ConfigError, match="max_infer_per_client"):
+        ServerConfig(max_infer_per_client=0)
+    assert ServerConfig().max_infer_per_client is None
+    token = {"name": "ann", "token_env": "ANN", "max_infer": 0}
+    with pytest.raises(ConfigError, match=r"tokens\[0\].max_infer"):
+        ServerConfig.from_dict({"tokens": [token]})
