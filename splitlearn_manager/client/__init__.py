@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from splitlearn_manager.client.connected_model import connect
     from splitlearn_manager.client.errors import (
         RemoteError,
         RemoteSessionClosed,
@@ -16,7 +17,14 @@ if TYPE_CHECKING:
     )
     from splitlearn_manager.client.remote import RemoteCache, RemoteTrunk
 
-__all__ = ["RemoteCache", "RemoteError", "RemoteSessionClosed", "RemoteTrunk", "RemoteUnavailable"]
+__all__ = [
+    "RemoteCache",
+    "RemoteError",
+    "RemoteSessionClosed",
+    "RemoteTrunk",
+    "RemoteUnavailable",
+    "connect",
+]
 
 _HOMES = {
     "RemoteCache": "remote",
@@ -24,6 +32,7 @@ _HOMES = {
     "RemoteSessionClosed": "errors",
     "RemoteTrunk": "remote",
     "RemoteUnavailable": "errors",
+    "connect": "connected_model",
 }
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from splitlearn_core import SplitCausalLM
-from splitlearn_core.factory import estimate_component, load_component
+from splitlearn_core.dtypes import as_dtype
+from splitlearn_core.factory import estimate_component, find_model, load_component
 from splitlearn_core.plan import BOTTOM, TOP
 from splitlearn_core.quickstart import load_tokenizer
-from splitlearn_manager.client.remote import RemoteError, RemoteTrunk, RemoteUnavailable
+from splitlearn_manager.client.trunks import agreed_dtype, plan_around, reach_all
 from splitlearn_manager.config.secrets import read_token
 from splitlearn_manager.core.model_loader import warm_up_positions
 
@@ -19,12 +19,10 @@ if TYPE_CHECKING:
 
     from splitlearn_core import SplitModel
     from splitlearn_core.estimate import MemoryEstimate
+    from splitlearn_manager.client.remote import RemoteTrunk
     from splitlearn_manager.config.model_config import ModelConfig
-    from splitlearn_manager.config.options import TrunkLink
 
     Progress = Callable[[int, int], None]
-
-logger = logging.getLogger(__name__)
 
 
 class Pipeline:
@@ -115,14 +113,21 @@ def load_pipeline(config: ModelConfig, progress: Progress | None = None) -> Pipe
     """
     options = config.pipeline
     token = read_token(options.token_file, options.token_env)
+    found = find_model(
+        config.model_path,
+        cache_dir=options.cache_dir,
+        revision=options.revision,
+        allow_uncertified=options.allow_uncertified,
+    )
     with ExitStack() as undo:
-        trunks = []
-        for link in options.links:
-            trunks.append(_reach(link, token, options.ca_file))
-            undo.callback(trunks[-1].close)
+        trunks = reach_all(options.links, token, options.ca_file)
+        for trunk in trunks:
+            undo.callback(trunk.close)
+        plan_around(found, trunks, options.split_points, allow_empty=options.allow_empty)
+        agreed_dtype(trunks, as_dtype(config.dtype))
         bottom, top = (_load_end(config, name, progress) for name in (BOTTOM, TOP))
+        agreed_dtype(trunks, bottom.dtype)
         model = SplitCausalLM(bottom, trunks, top)
-        _check_dtypes(model, trunks)
         tokenizer = load_tokenizer(
             config.model_path,
             cache_dir=options.cache_dir,
@@ -173,34 +178,3 @@ def _load_end(config: ModelConfig, name: str, progress: Progress | None) -> Spli
         allow_uncertified=options.allow_uncertified,
         quantization=options.quantization,
     )
-
-
-def _reach(link: TrunkLink, token: str | None, ca_file: str | None) -> RemoteTrunk:
-    """Return the Trunk at the first address that has it."""
-    failures: list[str] = []
-    for address in link.trunk:
-        trunk = RemoteTrunk(address, link.trunk_model_id, token=token, ca_file=ca_file)
-        try:
-            logger.info(
-                "%s at %s has the layers [%d, %d)",
-                link.trunk_model_id,
-                address,
-                trunk.start_layer,
-                trunk.end_layer,
-            )
-        except (RemoteError, RemoteUnavailable) as error:
-            trunk.close()
-            failures.append(str(error))
-        else:
-            return trunk
-    raise RemoteUnavailable("; ".join(failures))
-
-
-def _check_dtypes(model: SplitCausalLM, trunks: list[RemoteTrunk]) -> None:
-    """Refuse a Trunk that computes in another dtype than the ends that are here."""
-    for trunk in trunks:
-        if trunk.dtype != model.dtype:
-            raise ValueError(
-                f"{trunk.model_id} at {trunk.url} computes in {trunk.dtype}, Bottom and Top here in"
-                f" {model.dtype}: give both the same dtype"
-            )

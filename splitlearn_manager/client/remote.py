@@ -93,6 +93,11 @@ class RemoteTrunk:
         return self._fact("component")
 
     @property
+    def model_type(self) -> str:
+        """Architecture of the whole model."""
+        return self._fact("model_type")
+
+    @property
     def start_layer(self) -> int:
         """First layer of the part."""
         return int(self._fact("start_layer"))

@@ -21,7 +21,7 @@ from splitlearn_manager import AsyncModelManager, ResourceManager, ServerConfig
 from splitlearn_manager.client import RemoteTrunk
 from splitlearn_manager.client.address import Address
 from splitlearn_manager.client.errors import RemoteUnavailable
-from splitlearn_manager.client.pipeline import _reach
+from splitlearn_manager.client.trunks import reach_all
 from splitlearn_manager.config import DaemonConfig, PipelineOptions
 from splitlearn_manager.errors import ConfigError
 from splitlearn_manager.server.daemon import Daemon
@@ -119,10 +119,11 @@ def test_the_environment_can_say_whom_to_trust(
 def test_a_pipeline_says_whom_to_trust(daemon: Daemon, ours: Certificate) -> None:
     options = PipelineOptions((1, 3), trunk=(daemon.url,), ca_file=ours.cert)
 
-    with _reach(options.links[0], None, options.ca_file) as trunk:
+    (trunk,) = reach_all(options.links, None, options.ca_file)
+    with trunk:
         assert trunk.component == "trunk"
     with pytest.raises(RemoteUnavailable, match=r"(?i:certificate)"):
-        _reach(options.links[0], None, None)
+        reach_all(options.links, None, None)
 
 
 def test_a_server_that_nobody_vouches_for_is_refused(daemon: Daemon, other: Certificate) -> None:
