@@ -15,23 +15,29 @@ if TYPE_CHECKING:
         RemoteSessionClosed,
         RemoteUnavailable,
     )
-    from splitlearn_manager.client.remote import RemoteCache, RemoteTrunk
+    from splitlearn_manager.client.remote import RemoteTrunk
+    from splitlearn_manager.client.remote_cache import RemoteCache, RemoteStep
+    from splitlearn_manager.client.timings import Timings
 
 __all__ = [
     "RemoteCache",
     "RemoteError",
     "RemoteSessionClosed",
+    "RemoteStep",
     "RemoteTrunk",
     "RemoteUnavailable",
+    "Timings",
     "connect",
 ]
 
 _HOMES = {
-    "RemoteCache": "remote",
+    "RemoteCache": "remote_cache",
     "RemoteError": "errors",
     "RemoteSessionClosed": "errors",
+    "RemoteStep": "remote_cache",
     "RemoteTrunk": "remote",
     "RemoteUnavailable": "errors",
+    "Timings": "timings",
     "connect": "connected_model",
 }
 

@@ -1,7 +1,8 @@
 """One WebSocket to the sessions of one model, for threads rather than for asyncio.
 
-Requests take turns: one lock is held from a request to its answer.  What the server says on its own
-account (a session has ended) is read on the way to an answer, and noted for whom it concerns.
+Requests take turns: one lock is held from a request to its answer, or from several that go together
+to the last of their answers.  What the server says on its own account (a session has ended) is read
+on the way to an answer, and noted for whom it concerns.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -26,6 +28,8 @@ from splitlearn_manager.serving.wire import SUBPROTOCOL, Frame, Kind, WireError,
 from splitlearn_manager.trace_context import TRACEPARENT, trace_headers
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from splitlearn_manager.client.address import Address
 
 logger = logging.getLogger(__name__)
@@ -35,10 +39,21 @@ CLOSE_TIMEOUT = 2.0
 RECONNECT_PAUSES = (0.1, 0.4)
 """Seconds between attempts to connect again."""
 
+RESUMES = 3
+"""How often a session is resumed for one request: whatever cuts its connection may do so again."""
+
 _NOT_NOW = frozenset(
     {"client_limit", "too_many_sessions", "no_memory", "model_unavailable", "draining"}
 )
 """Codes of what the server can't do now, and may be able to do later."""
+
+_ENDINGS = {
+    "internal": "internal",
+    "not_finite": "internal",
+    "model_unavailable": "model_unloaded",
+    "unknown_session": "unknown_session",
+}
+"""Codes with which a session has ended, and why; the server says so as well, after them."""
 
 TEND_INTERVAL = 10.0
 """Seconds between two looks at an idle connection: servers wait 20 and more for a ping's answer."""
@@ -64,6 +79,33 @@ class RemoteSession:
     ended: str | None = None
 
 
+@dataclass(eq=False)
+class Request:
+    """What is asked of the server, and what came of it.
+
+    Attributes:
+        frame: The question; its session and its number are filled in.
+        expected: Kind of the answer.
+        session: The session that it is of, if it is of one.
+        message: The question as it travels, once it does.
+        answer: The answer, or why there is none.
+        seconds: From when it was sent, with those that were sent together, to its answer.
+    """
+
+    frame: Frame
+    expected: Kind
+    session: RemoteSession | None = None
+    message: bytes = field(default=b"", repr=False)
+    answer: Frame | Exception | None = None
+    seconds: float = 0.0
+
+    def result(self) -> Frame:
+        """Return the answer, or raise why there is none."""
+        if isinstance(self.answer, Frame):
+            return self.answer
+        raise self.answer or RuntimeError("the request was never sent")
+
+
 class SessionConnection:
     """The connection; it is made when it is needed, and made again when it was lost.
 
@@ -71,16 +113,20 @@ class SessionConnection:
         address: The daemon.
         model_id: The model there.
         timeout: Seconds to wait for an answer.
+        timings: Whether sessions are to say of each step how long it took there, and why.
 
     Attributes:
         bytes_sent: Bytes of frames that went out.
         bytes_received: Bytes of frames that came in.
     """
 
-    def __init__(self, address: Address, model_id: str, timeout: float) -> None:
+    def __init__(
+        self, address: Address, model_id: str, timeout: float, *, timings: bool = False
+    ) -> None:
         self.address = address
         self.model_id = model_id
         self.timeout = timeout
+        self._timings = timings
         self.bytes_sent = 0
         self.bytes_received = 0
         self._turn = threading.Lock()
@@ -106,7 +152,9 @@ class SessionConnection:
             self._connect()
             self._close_abandoned()  # the server may have no room beside them
             self._connect()
-            wishes: dict[str, Any] = {"resume": True, **({"rollback": True} if rollback else {})}
+            wishes: dict[str, Any] = {"resume": True}
+            wishes |= {"rollback": True} if rollback else {}
+            wishes |= {"timings": True} if self._timings else {}
             if traceparent := trace_headers().get(TRACEPARENT):
                 wishes[TRACEPARENT] = traceparent
             try:
@@ -123,6 +171,13 @@ class SessionConnection:
             return self._ask(frame, Kind.OPENED)
         except RemoteSessionClosed as error:
             logger.info("%s; trying again", error)
+        except RemoteError as error:
+            if error.code != "bad_open" or "timings" not in frame.info:
+                raise
+            logger.warning("%s does not tell where time goes: %s", self.address, error)
+            self._timings = False
+            info = {name: wish for name, wish in frame.info.items() if name != "timings"}
+            return self._open(replace(frame, info=info))
         self._reconnect()
         return self._ask(frame, Kind.OPENED)
 
@@ -133,7 +188,7 @@ class SessionConnection:
         that nobody knows of ends there by itself.
         """
         with self._turn:
-            return self._take(self._ask_twice(session, Frame(Kind.FORK), Kind.OPENED))
+            return self._take(self._ask(Frame(Kind.FORK), Kind.OPENED, session))
 
     def _take(self, opened: Frame) -> RemoteSession:
         """Return the session that an OPENED is about."""
@@ -146,41 +201,25 @@ class SessionConnection:
         self._sessions[session.id] = session
         return session
 
-    def step(self, session: RemoteSession, frame: Frame) -> Frame:
-        """Run a step, and return its RESULT.
+    def exchange(self, requests: Sequence[Request]) -> None:
+        """Send all requests, each of another session, and wait for their answers.
 
-        Where the connection is lost meanwhile, the session is resumed and the step sent again: the
-        server runs it once.
+        Where the connection is lost meanwhile, the sessions are resumed and what was not answered
+        is sent again: the server does it once.  Each request fails alone, with
 
-        Raises:
-            RemoteError: The server refused the step, and the session is as it was; or (code
-                `internal`) it failed at it, and the session has ended.
-            RemoteSessionClosed: The session has ended.
-            RemoteUnavailable: No answer came in time; the session is given up.
-            ValueError: The step is longer than the server reads.
+        - `RemoteError`: the server refused it, and the session is as it was; or (code `internal`)
+          it failed at it, and the session has ended;
+        - `RemoteSessionClosed`: the session has ended;
+        - `RemoteUnavailable`: no answer came in time, and the session is given up;
+        - `ValueError`: it is longer than the server reads.
         """
         with self._turn:
-            return self._ask_twice(session, frame, Kind.RESULT)
+            self._exchange(requests)
 
     def change(self, session: RemoteSession, frame: Frame) -> None:
-        """Ask for what changes a session without a step; raises as `step` does."""
+        """Ask for what changes a session without a step; raises what `exchange` answers."""
         with self._turn:
-            self._ask_twice(session, frame, Kind.DONE)
-
-    def _ask_twice(self, session: RemoteSession, frame: Frame, expected: Kind) -> Frame:
-        """Ask something of a session, once more if the connection was lost on the way."""
-        if session.ended is not None:
-            raise _closed(session)
-        if session.lost:
-            self._resume(session)
-        frame = replace(frame, session=session.id, request=self._next_request())
-        try:
-            return self._ask(frame, expected, session)
-        except RemoteSessionClosed:
-            if not session.lost:
-                raise
-        self._resume(session)
-        return self._ask(frame, expected, session)
+            self._ask(frame, Kind.DONE, session)
 
     def _resume(self, session: RemoteSession) -> None:
         """Take a session to a new connection.
@@ -193,7 +232,7 @@ class SessionConnection:
             self._reconnect()
             self._ask(frame, Kind.OPENED)
         except (RemoteError, ConnectionError) as error:
-            session.ended = "connection_lost"
+            _end(session, "connection_lost")
             text = f"the connection to {self.address} was lost, and the session with it: {error}"
             raise RemoteSessionClosed(text, "connection_lost") from error
         session.lost = False
@@ -259,49 +298,127 @@ class SessionConnection:
     # --- One request -----------------------------------------------------------------------
 
     def _ask(self, frame: Frame, expected: Kind, session: RemoteSession | None = None) -> Frame:
-        """Send a request and return its answer; the caller has the turn."""
-        if not frame.request:
-            frame = replace(frame, request=self._next_request())
-        message = encode(frame)
-        _check_length(message, session)
+        """Send one request and return its answer; the caller has the turn."""
+        request = Request(frame, expected, session)
+        self._exchange([request])
+        return request.result()
+
+    def _exchange(self, requests: Sequence[Request]) -> None:
+        """Send requests and get their answers; the caller has the turn."""
+        waiting = {}
+        for request in requests:
+            number = self._next_request()
+            request.answer = self._prepare(request, number)
+            if request.answer is None:
+                waiting[number] = request
+        for _ in range(RESUMES + 1):
+            self._resume_all(waiting)
+            if not waiting:
+                return
+            self._ask_all(waiting)
+        for request in waiting.values():
+            request.answer = self._lost_for_good(request.session)
+
+    def _prepare(self, request: Request, number: int) -> Exception | None:
+        """Encode a request; return what is wrong with it."""
+        session = request.session
+        if session is not None and session.ended is not None:
+            return _closed(session)
+        session_id = request.frame.session if session is None else session.id
+        request.frame = replace(request.frame, session=session_id, request=number)
+        request.message = encode(request.frame)
+        return _too_long(request.message, session)
+
+    def _resume_all(self, waiting: dict[int, Request]) -> None:
+        """Take the sessions whose connection was lost to a new one."""
+        for number, request in list(waiting.items()):
+            if request.session is not None and request.session.lost:
+                try:
+                    self._resume(request.session)
+                except RemoteSessionClosed as error:
+                    request.answer = error
+                    del waiting[number]
+
+    def _ask_all(self, waiting: dict[int, Request]) -> None:
+        """Send requests, and take them out of `waiting` as they are answered.
+
+        Those that are left were not answered because the connection was lost, and may be asked
+        again over another one, where their session can be resumed.
+        """
+        begin = time.monotonic()
         try:
-            self._send(message)
-            return self._answer(frame.request, expected, session)
+            self._send(*(request.message for request in waiting.values()))
+            self._take_answers(waiting, begin)
         except WebSocketLost as error:
             self._disconnect("connection_lost")
             text = f"the connection to {self.address} was lost: {error}"
-            raise RemoteSessionClosed(text, "connection_lost") from error
+            self._fail_all(waiting, partial(RemoteSessionClosed, text, "connection_lost"))
         except TimeoutError:
-            self._give_up(session, "interrupted")
+            for request in waiting.values():
+                self._give_up(request.session, "interrupted")
             text = f"{self.address} did not answer within {self.timeout:g} s"
-            raise RemoteUnavailable(text) from None
+            self._fail_all(waiting, partial(RemoteUnavailable, text))
+        except _NonsenseError as error:
+            self._disconnect("connection_lost")
+            for request in waiting.values():
+                _end(request.session, "bad_answer")
+            text = f"{self.address} answered with {error}"
+            self._fail_all(waiting, partial(RemoteError, text, "bad_answer"))
         except (KeyboardInterrupt, SystemExit):
             self._disconnect("interrupted")  # nobody knows how much of a frame went through
             raise
 
+    @staticmethod
+    def _fail_all(waiting: dict[int, Request], error: Callable[[], Exception]) -> None:
+        """Answer what can't be asked again with an error."""
+        for number, request in list(waiting.items()):
+            if request.session is None or not request.session.lost:
+                request.answer = error()
+                del waiting[number]
+
+    def _lost_for_good(self, session: RemoteSession | None) -> RemoteSessionClosed:
+        """Give up a session whose connection is lost again and again."""
+        _end(session, "connection_lost")
+        text = f"the connection to {self.address} was lost {RESUMES + 1} times in a row"
+        return RemoteSessionClosed(text, "connection_lost")
+
     def _next_request(self) -> int:
         return next(self._requests) & 0xFFFFFFFF
 
-    def _answer(self, request: int, expected: Kind, session: RemoteSession | None) -> Frame:
-        """Read until the answer comes; other frames are for others, or came too late."""
-        deadline = time.monotonic() + self.timeout
-        while True:
-            frame = self._receive(deadline - time.monotonic())
+    def _take_answers(self, waiting: dict[int, Request], begin: float) -> None:
+        """Read until every request is answered; other frames are for others, or came too late."""
+        last = begin
+        while waiting:
+            frame = self._receive(last + self.timeout - time.monotonic())
             if frame.kind is Kind.CLOSED:
                 self._note_end(frame)
-            if session is not None and session.ended is not None:
-                raise _closed(session)
-            if frame.request != request:
-                continue
-            if frame.kind is Kind.ERROR:
-                raise self._refused(frame)
-            if frame.kind is not expected:
-                raise self._bad_answer(f"{frame.kind.name} instead of {expected.name}")
-            return frame
+                self._end_waiting(waiting)
+            request = waiting.get(frame.request)
+            if request is not None:
+                request.answer = self._answer(frame, request)
+                last = time.monotonic()
+                request.seconds = last - begin
+                del waiting[frame.request]
 
-    def _send(self, message: bytes) -> None:
-        self._connected().send(message)
-        self.bytes_sent += len(message)
+    def _answer(self, frame: Frame, request: Request) -> Frame | Exception:
+        """Return an answer, or what it tells that went wrong."""
+        if frame.kind is Kind.ERROR:
+            return self._refused(frame, request.session)
+        if frame.kind is not request.expected:
+            raise _NonsenseError(f"{frame.kind.name} instead of {request.expected.name}")
+        return frame
+
+    @staticmethod
+    def _end_waiting(waiting: dict[int, Request]) -> None:
+        """Answer the requests of sessions that have ended."""
+        for number, request in list(waiting.items()):
+            if request.session is not None and request.session.ended is not None:
+                request.answer = _closed(request.session)
+                del waiting[number]
+
+    def _send(self, *messages: bytes) -> None:
+        self._connected().send(*messages)
+        self.bytes_sent += sum(map(len, messages))
 
     def _receive(self, timeout: float) -> Frame:
         message = self._connected().receive(timeout)
@@ -309,20 +426,17 @@ class SessionConnection:
         try:
             return decode(message)
         except WireError as error:
-            raise self._bad_answer(str(error)) from error
+            raise _NonsenseError(str(error)) from error
 
-    def _refused(self, frame: Frame) -> RemoteError | RemoteUnavailable:
+    def _refused(self, frame: Frame, session: RemoteSession | None) -> Exception:
         """Return what to raise for an ERROR."""
         code, message = str(frame.info.get("code")), str(frame.info.get("message"))
         text = f"{self.address} refused: {message}"
+        if code in _ENDINGS:
+            _end(session, _ENDINGS[code])
         if code in _NOT_NOW:
             return RemoteUnavailable(text)
         return RemoteError(text, code)
-
-    def _bad_answer(self, found: str) -> RemoteError:
-        """Give up a connection on which the other side makes no sense."""
-        self._disconnect("connection_lost")
-        return RemoteError(f"{self.address} answered with {found}", "bad_answer")
 
     def _note_end(self, frame: Frame) -> None:
         """Take down that a session has ended."""
@@ -335,7 +449,7 @@ class SessionConnection:
         """Let a session end of which nobody knows any more how far it is."""
         if session is None:
             return
-        session.ended = reason
+        _end(session, reason)
         self._live.discard(session.id)
         with suppress(WebSocketLost):  # the answer is dropped when it comes
             self._send(encode(Frame(Kind.CLOSE, session=session.id)))
@@ -380,6 +494,10 @@ class SessionConnection:
         if self._socket is not None:
             self._socket.drop()
         self._socket = None
+
+
+class _NonsenseError(Exception):
+    """The other side said what makes no sense; says what."""
 
 
 class Attendant:
@@ -428,6 +546,12 @@ def _attend(connection: SessionConnection, goes_on: SimpleQueue[bool]) -> None:
     connection.close()
 
 
+def _end(session: RemoteSession | None, reason: str) -> None:
+    """Let a session be over here, if there is one."""
+    if session is not None:
+        session.lost, session.ended = False, reason
+
+
 def _closed(session: RemoteSession) -> RemoteSessionClosed:
     reason = session.ended or "closed"
     return RemoteSessionClosed(
@@ -435,11 +559,12 @@ def _closed(session: RemoteSession) -> RemoteSessionClosed:
     )
 
 
-def _check_length(message: bytes, session: RemoteSession | None) -> None:
+def _too_long(message: bytes, session: RemoteSession | None) -> ValueError | None:
     """Refuse here what the server would answer by closing the connection."""
     limit = None if session is None else session.max_frame_bytes
-    if limit is not None and len(message) > limit:
-        raise ValueError(
-            f"the step takes {len(message)} bytes, and the server reads {limit} at once; send"
-            " fewer positions or rows"
-        )
+    if limit is None or len(message) <= limit:
+        return None
+    return ValueError(
+        f"the step takes {len(message)} bytes, and the server reads {limit} at once; send fewer"
+        " positions or rows"
+    )

@@ -7,7 +7,6 @@ import threading
 import weakref
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -23,15 +22,20 @@ from splitlearn_manager.client.connection import (
 )
 from splitlearn_manager.client.description import Description, RemoteValue, describe
 from splitlearn_manager.client.errors import RemoteError, RemoteSessionClosed, RemoteUnavailable
-from splitlearn_manager.serving.tensors import tensor_from_wire, tensor_to_wire
-from splitlearn_manager.serving.wire import Frame, Kind, TensorName
+from splitlearn_manager.client.remote_cache import CacheStep, RemoteCache, RemoteStep
+from splitlearn_manager.client.timings import Timings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-    from splitlearn_manager.serving.wire import WireTensor
-
-__all__ = ["RemoteCache", "RemoteError", "RemoteSessionClosed", "RemoteTrunk", "RemoteUnavailable"]
+__all__ = [
+    "RemoteCache",
+    "RemoteError",
+    "RemoteSessionClosed",
+    "RemoteStep",
+    "RemoteTrunk",
+    "RemoteUnavailable",
+]
 
 TIMEOUT = 120.0
 """Seconds to wait for a step: a long prompt on a slow machine takes its time."""
@@ -49,7 +53,7 @@ class RemoteTrunk:
     don't cross it: a forward through it works, a backward raises.
 
     Making one does not connect; the first use does.  It may be used from several threads, which
-    then take turns: for steps beside each other, make one for each thread.
+    then take turns: for steps beside each other there is `step_together`.
 
     Args:
         url: The daemon's address; `http` or `https`.
@@ -58,6 +62,8 @@ class RemoteTrunk:
         timeout: Seconds to wait for a step.
         ca_file: PEM file with the certificates that an `https` daemon's must rest on, instead of
             those that the system trusts.
+        timings: Ask the server to say of each step how long it waited there, and its forward took;
+            see `timings`.
 
     Raises:
         ValueError: `url` is no address, the token is no word, or `ca_file` holds no certificates.
@@ -71,10 +77,12 @@ class RemoteTrunk:
         timeout: float = TIMEOUT,
         *,
         ca_file: str | os.PathLike[str] | None = None,
+        timings: bool = False,
     ) -> None:
         self._address = Address.parse(url, token, None if ca_file is None else os.fspath(ca_file))
         self.model_id = model_id
-        self._connection = SessionConnection(self._address, model_id, timeout)
+        self._connection = SessionConnection(self._address, model_id, timeout, timings=timings)
+        self._timings = Timings()
         self._lock = threading.Lock()
         self._described: Description | None = None
         self._attendant: Attendant | None = None
@@ -141,6 +149,11 @@ class RemoteTrunk:
     def bytes_received(self) -> int:
         """Bytes of frames that came in so far."""
         return self._connection.bytes_received
+
+    @property
+    def timings(self) -> Timings:
+        """What steps took so far, and where."""
+        return self._timings
 
     @property
     def hidden_shape(self) -> tuple[int, ...]:
@@ -235,14 +248,73 @@ class RemoteTrunk:
         self._check_cache(past_key_values, use_cache)
         if use_cache is False and past_key_values is None and attention_mask is None:
             _check_not_packed(position_ids)
-        run = partial(
-            self._run, cache=past_key_values, mask=attention_mask, position_ids=position_ids
-        )
         given = HiddenState.of(hidden_states)
-        if not torch.is_grad_enabled() or not _wants_gradient(given):
-            return run(given).handed_on
-        left = run(given.detach())
-        return replace(left, tensor=_cut(left.tensor, given)).handed_on
+        with ExitStack() as stack:
+            cache = past_key_values
+            if cache is None:
+                cache = stack.enter_context(closing(self.new_cache()))
+            (left,) = self.step_together([RemoteStep(cache, given, attention_mask, position_ids)])
+        if isinstance(left, Exception):
+            raise left
+        return left
+
+    def step_together(
+        self, steps: Sequence[RemoteStep]
+    ) -> list[torch.Tensor | HiddenState | Exception]:
+        """Run steps of different caches: all are sent, then all answers awaited.
+
+        So the server can run them as one forward.  It takes as long as the slowest of them; other
+        threads wait for it.
+
+        Args:
+            steps: Each of another cache of this part.
+
+        Returns:
+            For each step, in their order, what a call of the part returns, or what it raises: each
+            fails alone, and those that did not fail are in their caches.
+        """
+        results: list[torch.Tensor | HiddenState | Exception | None] = [None] * len(steps)
+        given: dict[int, HiddenState] = {}
+        sent: dict[int, CacheStep] = {}
+        for index, step in enumerate(steps):
+            try:
+                given[index] = HiddenState.of(step.hidden)
+                self._check_alone(step, steps[:index])
+                sent[index] = self._prepare(step, given[index].detach())
+            except Exception as error:  # noqa: BLE001 - it is returned
+                results[index] = error
+        self._connection.exchange([one.request for one in sent.values()])
+        for index, one in sent.items():
+            try:
+                results[index] = self._finish(one, given[index])
+            except Exception as error:  # noqa: BLE001 - likewise
+                results[index] = error
+        return results  # type: ignore[return-value]  # each has one by now
+
+    def _check_alone(self, step: RemoteStep, before: Sequence[RemoteStep]) -> None:
+        """Refuse a second step of a cache: it would have to wait for the first."""
+        self._check_cache(step.cache, use_cache=None)
+        if any(step.cache is other.cache for other in before):
+            raise ValueError(
+                "two of the steps are of the same cache; give them one after the other"
+            )
+
+    def _prepare(self, step: RemoteStep, given: HiddenState) -> CacheStep:
+        """Return a step as it is sent; raises what is wrong with it."""
+        self._check_hidden(given)
+        sent = {value.name: value.part_of(given) for value in self.side_inputs}
+        whole = HiddenState(given.tensor, sent)
+        return step.cache.prepare(whole, step.attention_mask, step.position_ids)
+
+    def _finish(self, step: CacheStep, given: HiddenState) -> torch.Tensor | HiddenState:
+        """Return what came of a step, on the device and in the graph of what was given."""
+        left = step.cache.take_in(step).to(given.device)
+        self._timings = self._timings.plus(step.request.seconds, step.request.result().info)
+        passed = {name: rest for name, rest in self._passed_on(given.detach()) if rest is not None}
+        left = replace(left, side=passed | dict(left.side))
+        if torch.is_grad_enabled() and _wants_gradient(given):
+            left = replace(left, tensor=_cut(left.tensor, given))
+        return left.handed_on
 
     def _check_cache(self, cache: RemoteCache | None, use_cache: bool | None) -> None:
         """Refuse a cache that this part can't fill, or a wish that it can't meet."""
@@ -253,24 +325,6 @@ class RemoteTrunk:
             raise CacheMismatchError(
                 f"the cache is not of this RemoteTrunk's new_cache(), found {type(cache).__name__}"
             )
-
-    def _run(
-        self,
-        given: HiddenState,
-        *,
-        cache: RemoteCache | None,
-        mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-    ) -> HiddenState:
-        """Run one step, in the cache's session or in one of its own."""
-        self._check_hidden(given)
-        sent = {value.name: value.part_of(given) for value in self.side_inputs}
-        with ExitStack() as stack:
-            if cache is None:
-                cache = stack.enter_context(closing(self.new_cache()))
-            left = cache.step(HiddenState(given.tensor, sent), mask, position_ids)
-        passed = {name: rest for name, rest in self._passed_on(given) if rest is not None}
-        return replace(left.to(given.device), side=passed | dict(left.to(given.device).side))
 
     def _passed_on(self, given: HiddenState) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Yield what came with the hidden states and is for later parts."""
@@ -349,180 +403,6 @@ class RemoteTrunk:
         return f"RemoteTrunk({self.url!r}, {self.model_id!r})"
 
 
-class RemoteCache:
-    """What stands here for a KV cache on the server: its length, and the mask that was sent.
-
-    The session begins with the first step, and ends with `close`, or when this object is collected.
-
-    Attributes:
-        trunk: The part whose cache it is.
-    """
-
-    def __init__(self, trunk: RemoteTrunk) -> None:
-        self.trunk = trunk
-        self._session: RemoteSession | None = None
-        self._length = 0
-        self._batch: int | None = None
-        self._mask: torch.Tensor | None = None  # bool [batch, length]; None while it is all ones
-        self._rollback = False
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return how many positions are in the cache."""
-        del layer_idx
-        return self._length
-
-    def step(
-        self,
-        given: HiddenState,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-    ) -> HiddenState:
-        """Run a step, and count its positions; `RemoteTrunk.__call__` tells the rest."""
-        batch, new = given.shape[:2]
-        if self._batch not in {None, batch}:
-            raise ValueError(f"the cache has {self._batch} rows, found {batch}")
-        mask = self._whole_mask(attention_mask, batch, new)
-        tensors = [tensor_to_wire(TensorName.HIDDEN_STATES, given.tensor)]
-        tensors += [v.to_wire(given.side[v.name]) for v in self.trunk.side_inputs]
-        if mask is not None:
-            columns = mask[:, self._length :]
-            tensors.append(tensor_to_wire(TensorName.ATTENTION_MASK, columns))
-        if position_ids is not None:
-            tensors.append(self._positions(position_ids, batch, new))
-        answer = self._send(tuple(tensors))
-        result = tensor_from_wire(_result_of(answer, tensors[0]))
-        side = {v.name: v.from_wire(answer, batch, new) for v in self.trunk.side_outputs}
-        self._length, self._batch, self._mask = self._length + new, batch, mask
-        return HiddenState(result, side)
-
-    def _send(self, tensors: tuple[WireTensor, ...]) -> Frame:
-        """Run a step in the session, beginning it if there is none yet."""
-        if self._session is None:
-            open_session = self.trunk._open_session  # noqa: SLF001 - two halves of one thing
-            self._session = open_session(rollback=self._rollback)
-        frame = Frame(Kind.STEP, position=self._length, tensors=tensors)
-        return self.trunk._connection.step(self._session, frame)  # noqa: SLF001
-
-    # --- What generation does with a cache, besides steps ----------------------------------
-
-    @property
-    def is_croppable(self) -> bool:
-        """Whether `crop` can put it back as it was."""
-        return self.trunk.rolls_back
-
-    def activate_past_recording(self) -> None:
-        """Let sliding windows keep what `crop` needs to take the last step back.
-
-        Raises:
-            RuntimeError: The session has begun: it was to be asked for before the first step.
-        """
-        if self._session is not None and not self._rollback:
-            raise RuntimeError("activate_past_recording comes before a cache's first step")
-        self._rollback = self.is_croppable
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` positions (0 or less).
-
-        Raises:
-            RemoteError: (code `roll_back`) The server no longer has what came before them.
-        """
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes a negative number, found {tokens_to_remove}")
-        if tokens_to_remove and self._session is not None:
-            length = max(0, self._length + tokens_to_remove)
-            self._change(Frame(Kind.ROLL_BACK, position=length))
-            self._length = length
-            self._mask = None if self._mask is None else self._mask[:, :length]
-
-    def copy(self) -> RemoteCache:
-        """Return another cache that holds the same, in a session of its own.
-
-        Raises:
-            RemoteSessionClosed: (a `ConnectionError`) The session is gone.
-            RemoteUnavailable: (a `ConnectionError`) The server has no room for another.
-        """
-        other = RemoteCache(self.trunk)
-        other.__dict__.update(self.__dict__)
-        if self._session is not None:
-            other._session = self.trunk._fork_session(self._session)  # noqa: SLF001 - as above
-        return other
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Let the rows be those that are named, each as often as it is."""
-        if self._session is not None:
-            rows = beam_idx.tolist()
-            self._change(Frame(Kind.REORDER, info={"rows": rows}))
-            self._batch = len(rows)
-            self._mask = None if self._mask is None else self._mask[beam_idx.cpu()]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row."""
-        if self._batch is not None:
-            self.reorder_cache(torch.arange(self._batch).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep some rows."""
-        if self._batch is not None:
-            self.reorder_cache(torch.arange(self._batch)[indices.cpu()])
-
-    def _change(self, frame: Frame) -> None:
-        """Change the session."""
-        if self._session is not None:
-            self.trunk._connection.change(self._session, frame)  # noqa: SLF001
-
-    def _whole_mask(self, given: torch.Tensor | None, batch: int, new: int) -> torch.Tensor | None:
-        """Return the mask of all positions, or `None` while it is all ones.
-
-        Raises:
-            ValueError: It is not [batch, past + new], or other than before.
-        """
-        shape = (batch, self._length + new)
-        if given is None:
-            mask = torch.ones(shape, dtype=torch.bool)
-        elif tuple(given.shape) != shape:
-            raise ValueError(
-                f"attention_mask must be [batch, past + new], here {list(shape)}, found"
-                f" {list(given.shape)}"
-            )
-        else:
-            mask = given.detach().cpu().ne(0)
-        before = mask[:, : self._length]
-        if not (before.all() if self._mask is None else torch.equal(before, self._mask)):
-            raise ValueError(
-                "attention_mask changes positions that are in the cache; what was sent to a"
-                " server can't change, so begin again with a new cache"
-            )
-        return None if self._mask is None and bool(mask.all()) else mask
-
-    @staticmethod
-    def _positions(given: torch.Tensor, batch: int, new: int) -> WireTensor:
-        """Return the position ids to send.
-
-        Also those that count on from the cache's length: where none come, a few models count each
-        step from 0, as transformers lets them.
-        """
-        if given.shape not in {(batch, new), (1, new)}:
-            raise ValueError(
-                f"position_ids must be [batch, new], here {[batch, new]}, found {list(given.shape)}"
-            )
-        ids = given.detach().cpu().to(torch.int64).expand(batch, new)
-        return tensor_to_wire(TensorName.POSITION_IDS, ids)
-
-    def reset(self) -> None:
-        """Forget all positions; the next step begins a new session."""
-        self.close()
-        self._session, self._length, self._batch, self._mask = None, 0, None, None
-
-    def close(self) -> None:
-        """End the session.  A further step raises `RemoteSessionClosed`."""
-        if self._session is not None:
-            self.trunk._close_session(self._session)  # noqa: SLF001
-
-    def __repr__(self) -> str:
-        """Say how long it is, and where."""
-        return f"RemoteCache({self._length} positions at {self.trunk.url})"
-
-
 class _OneWay(torch.autograd.Function):
     """Stands for a forward that left the graph, and says so when somebody goes back through it."""
 
@@ -563,11 +443,3 @@ def _check_not_packed(position_ids: torch.Tensor | None) -> None:
             "position_ids begin again within a row: a RemoteTrunk does not keep packed sequences"
             " apart; give each a row of its own, with an attention_mask"
         )
-
-
-def _result_of(answer: Frame, sent: WireTensor) -> WireTensor:
-    """Return the hidden states of a RESULT, which have the form of those that were sent."""
-    result = answer.tensor(TensorName.HIDDEN_STATES)
-    if result is None or (result.dtype, result.shape) != (sent.dtype, sent.shape):
-        raise RemoteError("the server's answer has not the form of the step", "bad_answer")
-    return result

@@ -2,10 +2,14 @@
 
 The protocol is websockets' own (its Sans-I/O half); what is here moves its bytes.  Whoever waits
 for an answer reads the socket itself: to be woken by another thread takes as long as a small step.
+Whoever sends reads as well where the other side does not take in what is sent: it may be waiting
+for its own answers to be taken in.
 """
 
 from __future__ import annotations
 
+import math
+import select
 import socket
 import ssl
 import time
@@ -23,11 +27,14 @@ from websockets.uri import parse_uri
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-RECEIVE_BYTES = 1 << 20
+RECEIVE_BYTES = 1 << 18
 MAX_MESSAGE = 1 << 30
 """Longest message that is read; an answer is as long as its step."""
 
 CLOSE_TIMEOUT = 1.0
+
+_LATER = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+"""What a socket raises that would have to wait."""
 
 
 class WebSocketLost(Exception):  # noqa: N818 - not an error of its own: it becomes one of ours
@@ -66,16 +73,20 @@ class WebSocket:
         self._send_timeout = send_timeout
         self._messages: deque[bytes | bytearray] = deque()
         self._fragments: list[bytes | bytearray] = []
+        self._outgoing: deque[memoryview] = deque()
+        self._broken: str | None = None
         uri = parse_uri(url)
         self._protocol = ClientProtocol(
             uri, subprotocols=[Subprotocol(subprotocol)], max_size=MAX_MESSAGE
         )
         self._socket = sock
+        self._events = select.poll()
         try:
             sock.settimeout(handshake_timeout)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
             if tls is not None:
                 self._socket = tls.wrap_socket(sock, server_hostname=uri.host)
+            self._socket.setblocking(False)
             self._shake_hands(headers, handshake_timeout)
         except BaseException:
             self._socket.close()
@@ -84,18 +95,19 @@ class WebSocket:
     @property
     def is_open(self) -> bool:
         """Whether messages can be sent, as far as is known here."""
-        return self._protocol.state is State.OPEN
+        return self._broken is None and self._protocol.state is State.OPEN
 
-    def send(self, message: bytes) -> None:
-        """Send one binary message.
+    def send(self, *messages: bytes) -> None:
+        """Send binary messages; what comes meanwhile is kept for `receive`.
 
         Raises:
-            WebSocketLost: The connection has ended, or the message was not taken in in time.
+            WebSocketLost: The connection has ended, or a message was not taken in in time.
         """
-        if not self.is_open:
-            raise self._lost()
-        self._protocol.send_binary(message)
-        self._flush()
+        for message in messages:
+            if not self.is_open:
+                raise self._lost()
+            self._protocol.send_binary(message)
+            self._flush()
 
     def receive(self, timeout: float) -> bytes | bytearray:
         """Return the next message.
@@ -117,8 +129,8 @@ class WebSocket:
         Raises:
             WebSocketLost: The connection was lost.
         """
-        with suppress(BlockingIOError, ssl.SSLWantReadError):
-            self._take_in(self._receive_bytes(0))
+        self._take_in()
+        self._flush()
 
     def close(self) -> None:
         """Say good-bye, wait a moment for the answer, and close the socket."""
@@ -147,23 +159,30 @@ class WebSocket:
 
     def _read(self, deadline: float) -> None:
         """Take in what the socket has, waiting for it until the deadline."""
+        if not (isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()):
+            self._wait(select.POLLIN, deadline)
+        self._take_in()
+        self._flush()
+
+    def _wait(self, events: int, deadline: float) -> None:
+        """Wait until the socket can be read, or written to.
+
+        Raises:
+            TimeoutError: It could not be in time.
+        """
+        self._events.register(self._socket, events)
         left = deadline - time.monotonic()
-        if left <= 0:
+        if not self._events.poll(max(0, math.ceil(1000 * left))):
             raise TimeoutError
-        self._take_in(self._receive_bytes(left))
 
-    def _receive_bytes(self, timeout: float) -> bytes:
-        """Return what the socket has, waiting for it so long at most."""
-        self._socket.settimeout(timeout)
+    def _take_in(self) -> None:
+        """Give what the socket has to the protocol, and keep its messages."""
         try:
-            return self._socket.recv(RECEIVE_BYTES)
-        except (TimeoutError, BlockingIOError, ssl.SSLWantReadError):
-            raise
+            data = self._socket.recv(RECEIVE_BYTES)
+        except _LATER:
+            return
         except OSError as error:
-            raise WebSocketLost(error.strerror or str(error)) from error
-
-    def _take_in(self, data: bytes) -> None:
-        """Give bytes to the protocol, keep its messages, and send what it answers."""
+            raise self._break(error.strerror or str(error)) from error
         if data:
             self._protocol.receive_data(data)
         else:
@@ -171,7 +190,9 @@ class WebSocket:
         for event in self._protocol.events_received():
             if isinstance(event, Frame):
                 self._keep(event)
-        self._flush()
+        if not data:
+            self._outgoing.clear()
+            self._broken = self._broken or str(self._lost())
 
     def _keep(self, frame: Frame) -> None:
         """Keep a message, or a part of one."""
@@ -184,17 +205,52 @@ class WebSocket:
 
     def _flush(self) -> None:
         """Send what the protocol has to say."""
-        self._socket.settimeout(self._send_timeout)
+        self._collect()
+        deadline = time.monotonic() + self._send_timeout
+        while self._outgoing:
+            if self._write():
+                continue
+            try:
+                self._wait(select.POLLIN | select.POLLOUT, deadline)
+            except TimeoutError as error:  # how much went through is not known
+                raise self._break("timed out") from error
+            self._take_in()
+            self._collect()
+
+    def _collect(self) -> None:
+        """Put what the protocol has to say behind what is being sent."""
+        for data in self._protocol.data_to_send():
+            if self._broken is None:
+                self._outgoing.append(memoryview(data))
+
+    def _write(self) -> bool:
+        """Send as much as the socket takes now; return whether it took something."""
+        data = self._outgoing[0]
         try:
-            for data in self._protocol.data_to_send():
-                if data:
-                    self._socket.sendall(data)
-                else:
-                    self._socket.shutdown(socket.SHUT_WR)
-        except OSError as error:  # how much went through is not known
-            raise WebSocketLost(error.strerror or str(error)) from error
+            if data:
+                sent = self._socket.send(data)
+            else:  # the protocol's word for the end
+                self._socket.shutdown(socket.SHUT_WR)
+                sent = 0
+        except _LATER:
+            return False
+        except OSError as error:
+            raise self._break(error.strerror or str(error)) from error
+        if sent < len(data):
+            self._outgoing[0] = data[sent:]
+        else:
+            self._outgoing.popleft()
+        return True
+
+    def _break(self, reason: str) -> WebSocketLost:
+        """Note that the connection can't be used any more, and return what to raise."""
+        self._outgoing.clear()
+        self._broken = reason
+        return WebSocketLost(reason)
 
     def _lost(self) -> WebSocketLost:
         """Return why there is no connection."""
+        if self._broken is not None:
+            return WebSocketLost(self._broken)
         said = self._protocol.close_rcvd
         return WebSocketLost(f"closed by the server: {said}" if said else "the server is gone")

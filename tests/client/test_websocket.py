@@ -20,7 +20,10 @@ def connected(
     handler: Callable[[ServerConnection], None], subprotocol: str = "a"
 ) -> Iterator[WebSocket]:
     """Connect to a server in a thread."""
-    with serve(handler, "127.0.0.1", 0, subprotocols=[Subprotocol("a")], max_size=None) as server:
+    protocols = [Subprotocol("a")]
+    with serve(
+        handler, "127.0.0.1", 0, subprotocols=protocols, max_size=None, max_queue=1
+    ) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
@@ -143,3 +146,12 @@ def test_a_connection_that_breaks_is_lost() -> None:
 
     with connected(vanish) as websocket, pytest.raises(WebSocketLost, match="is gone"):
         websocket.receive(30)
+
+
+def test_messages_that_fill_both_directions_pass() -> None:
+    """The echo reads no further while what it sent is not read."""
+    message = b"x" * 8_000_000
+    with connected(echo) as websocket:
+        websocket.send(*[message] * 6)
+
+        assert all(websocket.receive(30) == message for _ in range(6))
