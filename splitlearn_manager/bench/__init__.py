@@ -32,5 +32,8 @@ BENCHMARKS = {
         "splitlearn_manager.bench.serve",
         ("streams", "packed", "threads", "many", "prompt", "echo", "idle", "cache"),
     ),
+    "generate": Benchmark(
+        "splitlearn_manager.bench.generate", ("parts", "loopback", "delayed", "lookup")
+    ),
     "quantization": Benchmark("splitlearn_manager.bench.quantization", ("trunk", "demo")),
 }
