@@ -9,16 +9,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from splitlearn_core.checkpoint.load import load_weights
+    from splitlearn_core.checkpoint.load_report import LoadReport
     from splitlearn_core.checkpoint.parameters import ParameterCounts, count_parameters
+    from splitlearn_core.checkpoint.weights import SavedWeights, save_weights
 
 __all__ = [
+    "LoadReport",
     "ParameterCounts",
+    "SavedWeights",
     "count_parameters",
+    "load_weights",
+    "save_weights",
 ]
 
 _HOMES = {
+    "LoadReport": "load_report",
     "ParameterCounts": "parameters",
+    "SavedWeights": "weights",
     "count_parameters": "parameters",
+    "load_weights": "load",
+    "save_weights": "weights",
 }
 
 

@@ -8,15 +8,14 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Container, Iterable, Iterator
 
     from torch.distributed.fsdp import FullyShardedDataParallel
 
 # What a wrapper adds to the names of the module within.
-COMPILED = "_orig_mod"
-PARALLEL = "module"
+_COMPILED = "_orig_mod"
 _SHARDED = "_fsdp_wrapped_module"
-_WRAPPINGS = frozenset({COMPILED, PARALLEL, _SHARDED})
+_PARALLEL = "module."
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -25,7 +24,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     They may lie around one another in any order.
     """
     while True:
-        if isinstance(compiled := getattr(model, COMPILED, None), nn.Module):
+        if isinstance(compiled := getattr(model, _COMPILED, None), nn.Module):
             model = compiled
         elif _is_parallel(model) and isinstance(within := model.module, nn.Module):
             model = within
@@ -34,14 +33,20 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def plain_name(name: str) -> str:
-    """Return a tensor's name without what wrappers put into it.
+    """Return a tensor's name without what `torch.compile` and FSDP put into it, anywhere."""
+    return ".".join(field for field in name.split(".") if field not in {_COMPILED, _SHARDED})
 
-    `module.` is taken away at the beginning alone: within a model it may be a name of its own.
+
+def plain_names(names: Iterable[str], known: Container[str] = ()) -> dict[str, str]:
+    """Return the names in a file, and each without what wrappers put in.
+
+    `module.` is taken away where every name begins with it, as DDP's do, and none is `known` as it
+    is: a model may have a `module` of its own.
     """
-    fields = name.split(".")
-    while len(fields) > 1 and fields[0] in _WRAPPINGS:
-        del fields[0]
-    return ".".join(field for field in fields if field not in {COMPILED, _SHARDED})
+    plain = {name: plain_name(name) for name in names}
+    while plain and all(n.startswith(_PARALLEL) and n not in known for n in plain.values()):
+        plain = {own: name.removeprefix(_PARALLEL) for own, name in plain.items()}
+    return plain
 
 
 def fsdp1_modules(model: nn.Module) -> list[FullyShardedDataParallel]:

@@ -132,8 +132,13 @@ class SafetensorsSource:
         index = None if files.find(SINGLE_FILE) else files.find(INDEX_FILE)
         if index is not None:
             return cls(files, read_index(index))
+        return cls.single(files, SINGLE_FILE)
+
+    @classmethod
+    def single(cls, files: CheckpointFiles, file: str) -> SafetensorsSource:
+        """Open one file by name."""
         source = cls(files, {})
-        source._weight_map = dict.fromkeys(source._header(SINGLE_FILE), SINGLE_FILE)
+        source._weight_map = dict.fromkeys(source._header(file), file)
         return source
 
     def names(self) -> Iterable[str]:

@@ -22,17 +22,47 @@ if TYPE_CHECKING:
 _ZIP = b"PK\x03\x04"
 
 
+# What a training script writes beside the weights, of which one at least makes a file its own.
+_WEIGHTS = "model"
+_TRAINING = frozenset({"optimizer", "scaler", "scheduler", "epoch", "step", "world_size"})
+
+
 def read_torch_file(path: Path) -> dict[str, torch.Tensor]:
     """Read a plain state dict, mapping its tensors where the file's format allows it.
+
+    Of a file that a training script continues from (`model` beside `optimizer`, `step`, …) it is
+    what `model` holds.
 
     Raises:
         ModelSourceError: (a `FileNotFoundError`) There is no such file.
         CheckpointError: (a `ValueError`) It holds anything but tensors by name, or is damaged.
     """
+    loaded = load_torch_file(path)
+    return plain_tensors(loaded[_WEIGHTS] if is_training_file(loaded) else loaded, path)
+
+
+def is_training_file(loaded: Any) -> bool:
+    """Whether a file holds weights and what is needed to go on training them."""
+    return (
+        isinstance(loaded, dict)
+        and isinstance(loaded.get(_WEIGHTS), dict)
+        and not _TRAINING.isdisjoint(loaded)
+    )
+
+
+def load_torch_file(path: Path) -> Any:
+    """Read a file of plain values and tensors, mapping these where its format allows it.
+
+    Nothing that a pickle could do besides is done (`weights_only`).
+
+    Raises:
+        ModelSourceError: (a `FileNotFoundError`) There is no such file.
+        CheckpointError: (a `ValueError`) It holds anything else, or is damaged.
+    """
     try:
         with open_regular(path) as file:
             is_archive = _is_archive(file, path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except CheckpointError:
         raise
     except FileNotFoundError as error:
@@ -43,7 +73,6 @@ def read_torch_file(path: Path) -> dict[str, torch.Tensor]:
             f"{path} is not a plain state dict (tensors by name), or is damaged; convert it to"
             f" safetensors where it was made.  torch says: {in_one_line(error)}"
         ) from error
-    return _plain(loaded, path)
 
 
 def _is_archive(file: BinaryIO, path: Path) -> bool:
@@ -60,7 +89,7 @@ def _is_archive(file: BinaryIO, path: Path) -> bool:
     return True
 
 
-def _plain(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
+def plain_tensors(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
     """Check that a file held tensors by name, and none but ordinary ones."""
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not tensors by name")
