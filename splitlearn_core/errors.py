@@ -10,7 +10,11 @@
     ├── DoesNotFitError (ValueError)             a part needs more memory than its machine has
     ├── QuantizationError (ValueError)           weights can't be packed as asked for
     ├── PackedWeightsError (RuntimeError)        packed weights can't be trained, saved or moved
-    └── CacheMismatchError (ValueError)          a cache that belongs to another part
+    ├── CacheMismatchError (ValueError)          a cache that belongs to another part
+    ├── UnsavableStateError (TypeError)          training state that no checkpoint can hold
+    ├── NoCheckpointError (FileNotFoundError)    there is no training checkpoint in that folder
+    ├── WorldSizeError (ValueError)              training can't go on so at that number of ranks
+    └── RankLostError (RuntimeError)             another rank ended, hangs, or failed
 
 Bad split points and dtypes are plain `ValueError`s: the caller's argument is at fault.
 """
@@ -92,3 +96,22 @@ class PackedWeightsError(SplitLearnError, RuntimeError):
 
 class CacheMismatchError(SplitLearnError, ValueError):
     """A cache was given that another part (or nobody) made; use `part.new_cache()`."""
+
+
+class UnsavableStateError(SplitLearnError, TypeError):
+    """Something in the training state can't be written so that it comes back as it was.
+
+    The message says where in the state it lies, and what it is.  Nothing was written.
+    """
+
+
+class NoCheckpointError(SplitLearnError, FileNotFoundError):
+    """No complete training checkpoint lies there; the message says what was looked for."""
+
+
+class WorldSizeError(SplitLearnError, ValueError):
+    """Training can't go on at this number of ranks: no policy was named, or the one can't hold."""
+
+
+class RankLostError(SplitLearnError, RuntimeError):
+    """Another rank ended, hangs or failed; the message names it and says what is as it was."""
