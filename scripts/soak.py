@@ -45,6 +45,11 @@ class Campaign:
 
 
 CAMPAIGNS = {
+    "checkpoint": Campaign(
+        "checkpoint_saves",
+        1000,
+        "saves of training checkpoints: killed, on full disks, damaged afterwards",
+    ),
     "checkpoints": Campaign(
         "checkpoints", 2500, "damaged checkpoints, loaded in every way under limits"
     ),

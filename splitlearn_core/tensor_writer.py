@@ -81,18 +81,18 @@ def write_tensors(
     digest = hashlib.sha256()
     hash_more = digest.update if hashed else _ignore
     with path.open("xb") as file:
-        _put(file, hash_more, _header(ordered, metadata or {}))
+        _put(file, hash_more, header_of(ordered, metadata or {}))
         for name, spec in ordered:
             tensor = read(name)
             if tuple(tensor.shape) != spec.shape:
                 raise ValueError(f"{name} is {list(tensor.shape)}, not {list(spec.shape)}")
             for start in range(0, tensor.numel(), _CHUNK_ELEMENTS):
                 chunk = tensor.reshape(-1)[start : start + _CHUNK_ELEMENTS]
-                _put(file, hash_more, _raw(chunk.to("cpu", spec.dtype)))
+                _put(file, hash_more, raw_bytes(chunk.to("cpu", spec.dtype)))
         return WrittenFile(file.tell(), digest.hexdigest() if hashed else "")
 
 
-def _header(ordered: list[tuple[str, TensorSpec]], metadata: Mapping[str, str]) -> bytes:
+def header_of(ordered: list[tuple[str, TensorSpec]], metadata: Mapping[str, str]) -> bytes:
     """Return length and JSON of the header, padded with spaces as the format allows."""
     entries: dict[str, object] = {"__metadata__": {**metadata, "format": "pt"}}
     position = 0
@@ -108,7 +108,7 @@ def _header(ordered: list[tuple[str, TensorSpec]], metadata: Mapping[str, str]) 
     return len(padded).to_bytes(8, "little") + padded
 
 
-def _raw(chunk: torch.Tensor) -> memoryview:
+def raw_bytes(chunk: torch.Tensor) -> memoryview:
     """Return the bytes of a flat tensor, without a copy."""
     return chunk.detach().contiguous().view(torch.uint8).numpy().data
 

@@ -9,26 +9,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from splitlearn_core.checkpoint.giving import TrainingState
     from splitlearn_core.checkpoint.load import load_weights
     from splitlearn_core.checkpoint.load_report import LoadReport
     from splitlearn_core.checkpoint.parameters import ParameterCounts, count_parameters
+    from splitlearn_core.checkpoint.resume import Checkpointer, load_checkpoint, save_checkpoint
+    from splitlearn_core.checkpoint.sampler import ResumableSampler
     from splitlearn_core.checkpoint.weights import SavedWeights, save_weights
+    from splitlearn_core.checkpoint.world import Batches
 
 __all__ = [
+    "Batches",
+    "Checkpointer",
     "LoadReport",
     "ParameterCounts",
+    "ResumableSampler",
     "SavedWeights",
+    "TrainingState",
     "count_parameters",
+    "load_checkpoint",
     "load_weights",
+    "save_checkpoint",
     "save_weights",
 ]
 
 _HOMES = {
+    "Batches": "world",
+    "Checkpointer": "resume",
     "LoadReport": "load_report",
     "ParameterCounts": "parameters",
+    "ResumableSampler": "sampler",
     "SavedWeights": "weights",
+    "TrainingState": "giving",
     "count_parameters": "parameters",
+    "load_checkpoint": "resume",
     "load_weights": "load",
+    "save_checkpoint": "resume",
     "save_weights": "weights",
 }
 
