@@ -122,9 +122,28 @@ class PartCache(DynamicCache):
         ]
 
     @property
+    def counts_positions(self) -> bool:
+        """Whether `length` can be told: a whole model of recurrent layers alone counts none."""
+        return self._counter is not None
+
+    @property
     def length(self) -> int:
-        """Positions that it holds."""
-        return next(layer.length for layer in self.layers if isinstance(layer, GhostLayer))
+        """Positions that it holds.
+
+        Raises:
+            ValueError: No layer counts them.
+        """
+        counter = self._counter
+        if counter is None:
+            raise ValueError("no layer of this cache counts positions: all of them are recurrent")
+        return int(counter.get_seq_length())
+
+    @property
+    def _counter(self) -> Any:
+        """The first layer that counts positions, a ghost where there is one; `None` for none."""
+        attention = (layer for layer in self.layers if isinstance(layer, DynamicLayer))
+        ghosts = (layer for layer in self.layers if isinstance(layer, GhostLayer))
+        return next(ghosts, None) or next(attention, None)
 
     @property
     def rows(self) -> int:

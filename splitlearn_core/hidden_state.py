@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -73,3 +73,24 @@ class HiddenState:
         """Return it outside of any graph."""
         side = {name: value.detach() for name, value in self.side.items()}
         return replace(self, tensor=self.tensor.detach(), side=side)
+
+    def rows(self, rows: slice) -> HiddenState:
+        """Return some rows, with what goes with them."""
+        return HiddenState(self.tensor[rows], {name: v[rows] for name, v in self.side.items()})
+
+    def between(self, start: int, stop: int) -> HiddenState:
+        """Return some positions, with what goes with them."""
+        if (start, stop) == (0, self.shape[1]):
+            return self
+        side = {name: value[:, start:stop] for name, value in self.side.items()}
+        return HiddenState(self.tensor[:, start:stop], side)
+
+    @staticmethod
+    def joined(parts: Sequence[HiddenState], dim: int) -> HiddenState:
+        """Return several as one: rows below each other (dim 0), or positions in a row (dim 1)."""
+        if len(parts) == 1:
+            return parts[0]
+        side = {
+            name: torch.cat([part.side[name] for part in parts], dim=dim) for name in parts[0].side
+        }
+        return HiddenState(torch.cat([part.tensor for part in parts], dim=dim), side)

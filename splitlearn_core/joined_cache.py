@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from transformers.cache_utils import (
     Cache,
+    DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -75,16 +76,34 @@ class Joinable(NamedTuple):
 
 def joinable(part: SplitModel) -> Joinable:
     """Return what sequences of a part can share: it depends on what its layers keep."""
-    cache = part.new_cache()
-    if not isinstance(cache, PartCache) or part.drops_positions:
+    if part.drops_positions or part.config.model_type in _ALONE:
         return Joinable(steps=False, chunks=False, mask=True)
-    if part.config.model_type in _ALONE or _depends_on_length(part.config.to_dict()):
+    cache = joinable_cache(part)
+    if not cache.counts_positions or _depends_on_length(part.config.to_dict()):
         return Joinable(steps=False, chunks=False, mask=True)
     kinds = {type(layer) for layer in cache.layers if not isinstance(layer, GhostLayer)}
-    if len(cache.layers) == part.spec.num_layers:  # nothing counts positions
-        return Joinable(steps=False, chunks=False, mask=True)
     looks_back = any(isinstance(layer, DynamicLayer) for layer in cache.layers)
     return Joinable(kinds <= _ATTENTION | _STATES, kinds <= _ATTENTION, looks_back)
+
+
+def takes_chunks(part: SplitModel) -> bool:
+    """Whether a long sequence of the whole model may come in pieces, whichever part takes them.
+
+    `joinable` says it of a part's own layers; other parts of the same model may have others.
+    """
+    if part.drops_positions or part.config.model_type in _ALONE:
+        return False
+    layers = DynamicCache(config=part.config).layers
+    return {type(layer) for layer in layers} <= _ATTENTION
+
+
+def joinable_cache(part: SplitModel) -> PartCache:
+    """Return an empty cache that can be joined with others of the same part.
+
+    That of `new_cache`, but for the whole model, whose own is transformers' and copies all that it
+    holds with every step.
+    """
+    return PartCache(part.config, part.spec)
 
 
 def _depends_on_length(config: Any) -> bool:

@@ -25,18 +25,20 @@ class ModuleStates:
     """What one part's modules keep.
 
     Attributes:
-        names: Of the modules' attributes; none where the model is whole, and does as it always did.
+        names: Of the modules' attributes.
+        whole: Whether the model is: without a part's cache it then does as it always did.
     """
 
-    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+    def __init__(self, model: nn.Module, names: tuple[str, ...], *, whole: bool = False) -> None:
         self.names = names
+        self.whole = whole
         self._model = model
         self._slots = [(m, n) for m in model.modules() for n in names if n in vars(m)]
         self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleStates:
         """Return those of the copy of the part."""
-        return ModuleStates(copy.deepcopy(self._model, memo), self.names)
+        return ModuleStates(copy.deepcopy(self._model, memo), self.names, whole=self.whole)
 
     @contextmanager
     def of(self, cache: Any) -> Iterator[None]:
@@ -44,7 +46,7 @@ class ModuleStates:
 
         Without a part's cache they begin with none, and what they become is given up.
         """
-        if not self._slots:
+        if not self._slots or (self.whole and not isinstance(cache, PartCache)):
             yield
             return
         kept = cache if isinstance(cache, PartCache) else None

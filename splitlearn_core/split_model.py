@@ -67,7 +67,7 @@ class SplitModel(nn.Module):
         self._needs_dtype = bool(family.side or family.hidden_dtype)
         self.packing: PackingPlan | None = None
         whole = spec.is_first and spec.is_last
-        self._states = ModuleStates(model, () if whole else KEPT.get(model.config.model_type, ()))
+        self._states = ModuleStates(model, KEPT.get(model.config.model_type, ()), whole=whole)
         self.eval()
 
     def note_packing(self, packing: PackingPlan) -> None:

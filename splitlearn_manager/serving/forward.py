@@ -129,7 +129,7 @@ def run_piece(part: Part, work: Work, most: int) -> Outcome | None:
     positions = inputs.positions
     output = _call(
         part,
-        _between(inputs.given, start, stop),
+        inputs.given.between(start, stop),
         mask,
         None if positions is None else positions[:, start:stop],
         work.cache,
@@ -197,7 +197,7 @@ def _run_joined(
     ended = time.perf_counter()
     for number, work in enumerate(works):
         work.turn_ended(ended)
-        work.pieces.append(_rows(output, joined.rows_of(number)))
+        work.pieces.append(output.rows(joined.rows_of(number)))
         outcomes[work] = _answer(work)
     return []
 
@@ -213,7 +213,7 @@ def _call_joined(
         if one.positions is not None:
             counted[joined.rows_of(number)] = one.positions
     mask = joined.mask(new, [one.mask for one in inputs]) if masked else None
-    given = _stacked([one.given for one in inputs])
+    given = HiddenState.joined([one.given for one in inputs], dim=0)
     return HiddenState.of(_call(part, given, mask, counted, joined))
 
 
@@ -246,25 +246,6 @@ def _call(
         )
 
 
-def _between(given: HiddenState, start: int, stop: int) -> HiddenState:
-    """Return some positions of hidden states, and of what goes with them."""
-    if (start, stop) == (0, given.shape[1]):
-        return given
-    side = {name: value[:, start:stop] for name, value in given.side.items()}
-    return HiddenState(given.tensor[:, start:stop], side)
-
-
-def _rows(given: HiddenState, rows: slice) -> HiddenState:
-    """Return some rows of hidden states, and of what goes with them."""
-    return HiddenState(given.tensor[rows], {name: v[rows] for name, v in given.side.items()})
-
-
-def _stacked(parts: list[HiddenState]) -> HiddenState:
-    """Return hidden states of several sessions as one batch."""
-    side = {name: torch.cat([part.side[name] for part in parts]) for name in parts[0].side}
-    return HiddenState(torch.cat([part.tensor for part in parts]), side)
-
-
 # --- From and to frames --------------------------------------------------------------------
 
 
@@ -282,7 +263,7 @@ def read_inputs(state: State, step: Step) -> Inputs:
 def _answer(work: Work) -> Outcome:
     """Return the RESULT of a step that is done."""
     step, contract = work.step, work.state.contract
-    left = _in_a_row(work.pieces)
+    left = HiddenState.joined(work.pieces, dim=1)
     result = tensor_to_wire(TensorName.HIDDEN_STATES, left.tensor)
     if (result.dtype, result.shape) != (step.hidden.dtype, step.hidden.shape):
         raise RuntimeError(f"the part gave {shown(result)} for {shown(step.hidden)}")
@@ -291,16 +272,6 @@ def _answer(work: Work) -> Outcome:
     tensors = (result, *beside)
     reply = Frame(Kind.RESULT, step.request, step.session, end, tensors, work.timings)
     return Outcome(encode(reply), work.begin().mask)
-
-
-def _in_a_row(pieces: list[HiddenState]) -> HiddenState:
-    """Return the pieces of a step as one."""
-    if len(pieces) == 1:
-        return pieces[0]
-    side = {
-        name: torch.cat([piece.side[name] for piece in pieces], dim=1) for name in pieces[0].side
-    }
-    return HiddenState(torch.cat([piece.tensor for piece in pieces], dim=1), side)
 
 
 def _given(state: State, step: Step) -> HiddenState:
