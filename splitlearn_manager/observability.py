@@ -73,6 +73,7 @@ class Metrics:
         self._define_sessions()
         self._define_forwards()
         self._define_inference()
+        self._define_generation()
         self._define_requests()
         self._usage = UsageCollector(self._models_with_series)
         self.registry.register(self._usage)
@@ -152,6 +153,26 @@ class Metrics:
             "infer_forward_duration_seconds", "Their forwards", STEP_BUCKETS
         )
 
+    def _define_generation(self) -> None:
+        self._generations = self._model_counter(
+            "generation_requests_total", "Requests for text, by outcome", "code"
+        )
+        self._generation_queue_seconds = self._model_histogram(
+            "generation_queue_seconds", "Until a prompt was let in", STEP_BUCKETS
+        )
+        self._generation_first_seconds = self._model_histogram(
+            "generation_time_to_first_token_seconds", "Until a request had one", REQUEST_BUCKETS
+        )
+        self._generation_rows = self._model_histogram(
+            "generation_batch_rows", "Answers that shared a forward", BATCH_BUCKETS
+        )
+        self._generation_step_seconds = self._model_histogram(
+            "generation_step_duration_seconds", "A token for each answer", STEP_BUCKETS
+        )
+        self._generation_tokens = self._model_counter(
+            "generation_tokens_total", "Tokens of prompts, and of answers", "kind"
+        )
+
     def _define_requests(self) -> None:
         self._received = self._model_counter(
             "received_bytes_total", "Frames of sessions, bodies of inference requests", "protocol"
@@ -226,6 +247,31 @@ class Metrics:
     def follow_requests(self, taken: Callable[[str], int]) -> None:
         """Show how many inference requests a model has; likewise."""
         self._usage.requests = taken
+
+    def follow_generation(self, usage: Callable[[], Mapping[str, tuple[int, int]]]) -> None:
+        """Show how many prompts of each model are being answered, and wait; likewise."""
+        self._usage.generation = usage
+
+    def generation_request(self, model_id: str, code: str) -> None:
+        """Count a request for text: `ok`, `cancelled` by its client, or an error's code."""
+        self._generations(model_id, code).inc()
+
+    def generation_queued(self, model_id: str, seconds: float) -> None:
+        """Note how long a prompt waited to be let in."""
+        self._generation_queue_seconds(model_id).observe(seconds)
+
+    def generation_first_token(self, model_id: str, seconds: float) -> None:
+        """Note when a request had its first token."""
+        self._generation_first_seconds(model_id).observe(seconds)
+
+    def generation_forward(self, model_id: str, rows: int, seconds: float) -> None:
+        """Count a forward that gave each of so many answers a token, and how long it took."""
+        self._generation_rows(model_id).observe(rows)
+        self._generation_step_seconds(model_id).observe(seconds)
+
+    def generation_tokens(self, model_id: str, kind: str, count: int) -> None:
+        """Count tokens: of prompts that were let in (`prompt`), or `generated`."""
+        self._generation_tokens(model_id, kind).inc(count)
 
     def session_opened(self, model_id: str) -> None:
         """Count a session that was opened."""

@@ -19,6 +19,7 @@ from splitlearn_core.shape import read_shape
 from splitlearn_manager.config.model_config import AUTO, HUGGINGFACE, PIPELINE, PYTORCH
 from splitlearn_manager.config.options import PartOptions
 from splitlearn_manager.errors import ConfigError, Problem
+from splitlearn_manager.generation.text import read_template
 
 if TYPE_CHECKING:
     from splitlearn_core.shape import FindFamily
@@ -90,6 +91,7 @@ def _is_local(config: ModelConfig) -> bool:
 
 def _check_shape(config: ModelConfig) -> None:
     """Check that the model is there, of the named type, and has the layers that are asked for."""
+    _check_chat_template(config)
     if not _is_local(config):
         return
     folder = local_config(find_files(config.model_path))
@@ -112,3 +114,14 @@ def _check_shape(config: ModelConfig) -> None:
         raise ConfigError(Problem(str(error), ("config", "split_points"))) from None
     if isinstance(options, PartOptions):
         plan.component(options.component)
+
+
+def _check_chat_template(config: ModelConfig) -> None:
+    """Check that a chat template that is named can be read."""
+    path = config.options.chat_template
+    if path is None:
+        return
+    try:
+        read_template(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(Problem(str(error), ("config", "chat_template"))) from None

@@ -63,26 +63,31 @@ class UsageCollector(Collector):
     Attributes:
         usage: Returns what the sessions of each model take.
         requests: Returns how many inference requests a model has.
+        generation: Returns for each model how many prompts are being answered, and wait.
     """
 
     def __init__(self, models: Callable[[], Iterable[str]]) -> None:
         self._models = models
         self.usage: Callable[[], Mapping[str, ModelUsage]] = dict
         self.requests: Callable[[str], int] = lambda _: 0
+        self.generation: Callable[[], Mapping[str, tuple[int, int]]] = dict
 
     def describe(self) -> list[GaugeMetricFamily]:
         """Return the metrics without their values: registering them must not look anything up."""
-        return [*self._gauges().values(), self._in_flight()]
+        return [*self._gauges().values(), self._in_flight(), *self._generating()]
 
     def collect(self) -> list[GaugeMetricFamily]:
         """Return the metrics; may be called in any thread."""
         usage = self.usage()
         gauges, in_flight = self._gauges(), self._in_flight()
+        generation, generating = self.generation(), self._generating()
         for model_id in sorted({*usage, *self._models()}):
             for name, gauge in gauges.items():
                 gauge.add_metric([model_id], getattr(usage.get(model_id), name, 0))
             in_flight.add_metric([model_id], self.requests(model_id))
-        return [*gauges.values(), in_flight]
+            for gauge, count in zip(generating, generation.get(model_id, (0, 0)), strict=True):
+                gauge.add_metric([model_id], count)
+        return [*gauges.values(), in_flight, *generating]
 
     @staticmethod
     def _gauges() -> dict[str, GaugeMetricFamily]:
@@ -90,6 +95,16 @@ class UsageCollector(Collector):
             field: GaugeMetricFamily(f"splitlearn_{name}", text, labels=["model"])
             for field, (name, text) in _USAGE.items()
         }
+
+    @staticmethod
+    def _generating() -> list[GaugeMetricFamily]:
+        return [
+            GaugeMetricFamily(f"splitlearn_generation_{name}", text, labels=["model"])
+            for name, text in (
+                ("requests_running", "Prompts whose answers are being made"),
+                ("requests_waiting", "Prompts that wait to be let in"),
+            )
+        ]
 
     @staticmethod
     def _in_flight() -> GaugeMetricFamily:

@@ -107,6 +107,9 @@ class PartOptions:
             `prepacked` (the same dtype, float32 or bfloat16), `fp16` or `int8` weights (both with
             dtype float32).  With `int8` the activations of a call share one scale, so that a
             session's numbers depend on what it is batched with.  Nothing is packed by default.
+        chat_template: File with the Jinja template that `/v1/chat/completions` writes messages
+            with, for a whole model whose tokenizer has none, or another one.  A relative path is
+            relative to the working directory of the process.
     """
 
     component: str = FULL
@@ -119,9 +122,13 @@ class PartOptions:
     allow_uncertified: bool = False
     verbose: bool = False
     quantization: Quantization | None = None
+    chat_template: PathText | None = None
 
     def __post_init__(self) -> None:
         """Check the component against the cuts."""
+        if self.chat_template is not None and self.component != FULL:
+            message = f"is for a whole model or a pipeline: a {self.component} answers no chats"
+            raise ConfigError(Problem(message, ("chat_template",)))
         names = component_names(self.split_points)
         if self.component in names:
             return
@@ -154,6 +161,7 @@ class PipelineOptions:
         allow_uncertified: As for a part.
         verbose: As for a part.
         quantization: Of Bottom and Top, as for a part.
+        chat_template: As for a whole model.
     """
 
     split_points: SplitPoints
@@ -171,6 +179,7 @@ class PipelineOptions:
     allow_uncertified: bool = False
     verbose: bool = False
     quantization: Quantization | None = None
+    chat_template: PathText | None = None
 
     def __post_init__(self) -> None:
         """Check that the Trunks fit the cuts."""

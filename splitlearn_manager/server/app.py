@@ -18,6 +18,7 @@ from splitlearn_manager.server.event_stream import EventRoutes
 from splitlearn_manager.server.infer import InferRoutes
 from splitlearn_manager.server.management import ManagementRoutes
 from splitlearn_manager.server.oip import OpenInferenceRoutes
+from splitlearn_manager.server.openai_routes import OpenAIRoutes
 from splitlearn_manager.server.request_context import REQUEST_ID, RequestContextMiddleware
 from splitlearn_manager.server.responses import error_response, manager_error_response
 from splitlearn_manager.server.security import AccessPolicy, SecurityMiddleware
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from splitlearn_manager.core.async_model_manager import AsyncModelManager
+    from splitlearn_manager.generation.engine import Engines
     from splitlearn_manager.observability import Metrics
     from splitlearn_manager.server.access_log import AccessLog
     from splitlearn_manager.server.catalogue import Catalogue
@@ -46,6 +48,7 @@ def build_app(
     *,
     policy: AccessPolicy,
     sessions: SessionEndpoint,
+    engines: Engines,
     readiness: Readiness,
     metrics: Metrics,
     catalogue: Catalogue,
@@ -53,6 +56,7 @@ def build_app(
     stopping: asyncio.Event,
     max_body_bytes: int,
     max_queue_size: int,
+    max_rows: int,
     shares: Shares | None = None,
     access_log: AccessLog | None = None,
     tracing: Tracing | None = None,
@@ -63,6 +67,7 @@ def build_app(
         manager: Whose models are served.
         policy: What a request has to show.
         sessions: The endpoint of sessions.
+        engines: Who generates text.
         readiness: What the readiness probe is told.
         metrics: Where requests are counted, and what `/metrics` shows.
         catalogue: The models that requests may name.
@@ -70,6 +75,7 @@ def build_app(
         stopping: Set when the daemon begins to shut down: whoever waits then waits no longer.
         max_body_bytes: Longest body of an inference request.
         max_queue_size: Most inference requests of one model at once.
+        max_rows: Most answers to one prompt that are generated at once.
         shares: Most of one client.
         access_log: Where requests are logged, if they are.
         tracing: Where they are spans, if they are.
@@ -87,15 +93,27 @@ def build_app(
         shares=shares,
         tracing=tracing,
     )
+    openai = OpenAIRoutes(
+        manager,
+        engines,
+        catalogue,
+        metrics,
+        stopping,
+        max_body_bytes=max_body_bytes,
+        max_queue_size=max_queue_size,
+        max_rows=max_rows,
+        shares=shares,
+    )
     app = Starlette(
         routes=[
             *statistics.routes(),
             *inference.routes(),
+            *openai.routes(),
             *OpenInferenceRoutes(manager, readiness, catalogue, extensions).routes(),
             *managing.routes(),
             *EventRoutes(manager, catalogue, stopping).routes(),
             *sessions.routes(),
-            Route("/metrics", _metrics_route(manager, sessions, metrics), methods=["GET"]),
+            Route("/metrics", _metrics_route(manager, sessions, engines, metrics), methods=["GET"]),
         ],
         middleware=[
             Middleware(
@@ -115,7 +133,7 @@ def build_app(
 
 
 def _metrics_route(
-    manager: AsyncModelManager, sessions: SessionEndpoint, metrics: Metrics
+    manager: AsyncModelManager, sessions: SessionEndpoint, engines: Engines, metrics: Metrics
 ) -> Callable[[Request], Awaitable[Response]]:
     turn = asyncio.Lock()
 
@@ -134,7 +152,8 @@ def _metrics_route(
         for device in manager.resource_manager.devices():
             used = sum(m.resident_bytes for m in models if pool_of(m.device) == device)
             usage = await asyncio.to_thread(manager.resource_manager.get_current_usage, device)
-            metrics.observe_memory(usage, used, sessions.reserved_on(device))
+            caches = sessions.reserved_on(device) + engines.memory.nbytes_on(device)
+            metrics.observe_memory(usage, used, caches)
         return await asyncio.to_thread(metrics.render)  # caches are measured for it
 
     return show
@@ -148,18 +167,16 @@ async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     """Answer an error of the routing: an unknown path, a wrong method, a bad body."""
-    del request
     if not isinstance(error, HTTPException):
         raise error
-    return error_response(error.status_code, error.detail, error.headers)
+    return error_response(request.scope["path"], error.status_code, error.detail, error.headers)
 
 
 async def _manager_error(request: Request, error: Exception) -> Response:
     """Answer an error of ours as it asks to be answered."""
-    del request
     if not isinstance(error, ManagerError):
         raise error
-    return manager_error_response(error)
+    return manager_error_response(request.scope["path"], error)
 
 
 async def _unexpected_error(request: Request, error: Exception) -> Response:
@@ -167,6 +184,5 @@ async def _unexpected_error(request: Request, error: Exception) -> Response:
     request_id = request.scope["state"]["request_id"]
     named = {"request_id": request_id}
     logger.error("request %s failed: %r", request_id, error, extra=named)
-    return error_response(
-        500, f"internal error; the log has it as request {request_id}", {REQUEST_ID: request_id}
-    )
+    message = f"internal error; the log has it as request {request_id}"
+    return error_response(request.scope["path"], 500, message, {REQUEST_ID: request_id})

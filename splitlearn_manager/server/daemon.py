@@ -29,6 +29,7 @@ from splitlearn_manager.core.loads import LoadPolicy
 from splitlearn_manager.core.resources import ResourceManager
 from splitlearn_manager.core.retry import RetryPolicy
 from splitlearn_manager.errors import ConfigError
+from splitlearn_manager.generation.engine import EngineLimits, Engines
 from splitlearn_manager.observability import Metrics, configure_logging
 from splitlearn_manager.server.access_log import AccessLog
 from splitlearn_manager.server.app import build_app
@@ -43,8 +44,10 @@ from splitlearn_manager.server.security import AccessPolicy
 from splitlearn_manager.server.sessions_ws import SessionEndpoint
 from splitlearn_manager.server.systemd import Notifier, keep_watchdog
 from splitlearn_manager.server.tls import server_context
+from splitlearn_manager.server.waiting import SHUTTING_DOWN
 from splitlearn_manager.serving.batcher import BatchLimits
 from splitlearn_manager.serving.claims import Quota, Quotas
+from splitlearn_manager.serving.infer_errors import ShuttingDownError
 from splitlearn_manager.serving.sessions import SessionTable
 from splitlearn_manager.tracing import start
 
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
 
     from splitlearn_manager.config import DaemonConfig, ManagerLimits, ServerConfig
     from splitlearn_manager.config.changes import ConfigChanges
+    from splitlearn_manager.errors import ManagerError
     from splitlearn_manager.tracing import Tracing
 
 logger = logging.getLogger(__name__)
@@ -175,6 +179,7 @@ class Daemon:
                     clean = await self._drain(parts, deadline)
                     for helper in helpers:
                         helper.cancel()
+                await parts.engines.close()
                 await parts.manager.shutdown(max(0, deadline - self._loop.time()))
         logger.info("ended, %s", "all was answered" if clean else "not all was answered")
         return 0 if clean else 1
@@ -226,11 +231,17 @@ class Daemon:
             max_frame_bytes=server.max_frame_bytes,
             tracing=tracing,
         )
+        engines = Engines(
+            manager.resource_manager,
+            EngineLimits(server.max_batch_size, server.prefill_chunk_size, server.max_queue_size),
+            self.metrics,
+        )
         stopping = asyncio.Event()
         app = build_app(
             manager,
             policy=AccessPolicy.of(server, port=listener.getsockname()[1]),
             sessions=sessions,
+            engines=engines,
             readiness=readiness,
             metrics=self.metrics,
             catalogue=catalogue,
@@ -238,6 +249,7 @@ class Daemon:
             stopping=stopping,
             max_body_bytes=server.max_frame_bytes,
             max_queue_size=server.max_queue_size,
+            max_rows=server.max_batch_size,
             shares=_shares(server),
             access_log=access_log,
             tracing=tracing,
@@ -245,7 +257,9 @@ class Daemon:
         tls = server_context(server.tls_cert_file, server.tls_key_file)
         http = HttpServer(app, max_frame_bytes=server.max_frame_bytes, tls=tls)
         desired = DesiredModels(manager, catalogue, readiness)
-        return _Parts(manager, table, sessions, readiness, http, catalogue, desired, stopping)
+        return _Parts(
+            manager, table, sessions, engines, readiness, http, catalogue, desired, stopping
+        )
 
     def _make_manager(self) -> AsyncModelManager:
         """Return a manager with the configured limits; this imports torch and sets its threads."""
@@ -357,10 +371,13 @@ class Daemon:
         parts.stopping.set()
         await parts.desired.close()
         await parts.manager.stop_loading()
-        clean = await parts.sessions.drain(timeout - reserve)
+        ends = await asyncio.gather(
+            parts.sessions.drain(timeout - reserve),
+            parts.engines.drain(timeout - reserve, _ended_early),
+        )
         left = deadline - reserve / 4 - asyncio.get_running_loop().time()
         parts.http.stop(max(_SHORTEST_GRACE, left))
-        return clean
+        return all(ends)
 
     @contextmanager
     def _traces(self) -> Iterator[None]:
@@ -406,6 +423,7 @@ class _Parts:
     manager: AsyncModelManager
     table: SessionTable
     sessions: SessionEndpoint
+    engines: Engines
     readiness: Readiness
     http: HttpServer
     catalogue: Catalogue
@@ -426,6 +444,11 @@ _RESERVE = 2.0
 for HTTP and the models, and half for the process' own end, since torch takes a while to go."""
 
 _SHORTEST_GRACE = 0.1
+
+
+def _ended_early() -> ManagerError:
+    """Return what a request is told that has not ended when the time is up."""
+    return ShuttingDownError(f"{SHUTTING_DOWN}, and the answer was not done in time")
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -35,6 +35,9 @@ LINGER = 10.0
 ABORT = "splitlearn.abort"
 """The extension of a request's scope that drops its connection, with what is still to be sent."""
 
+HANG_UP = "splitlearn.hang_up"
+"""The extension that ends it when all has been sent, whether the answer is at its end or not."""
+
 
 class _Abandons(asyncio.Protocol):
     """What a connection that ends has to do with a peer that does not read.
@@ -71,7 +74,7 @@ class HttpProtocol(_Abandons, H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to serve a connection."""
         super().connection_made(transport)
-        self.app = partial(_with_abort, self.app, transport.abort)
+        self.app = partial(_with_abort, self.app, transport, self.abandon_soon)
         self._expect_head()
 
     def data_received(self, data: bytes) -> None:
@@ -117,10 +120,23 @@ class HttpProtocol(_Abandons, H11Protocol):
 
 
 async def _with_abort(
-    app: ASGIApp, abort: Callable[[], None], scope: Scope, receive: Receive, send: Send
+    app: ASGIApp,
+    transport: asyncio.Transport,
+    abandon_soon: Callable[[], None],
+    scope: Scope,
+    receive: Receive,
+    send: Send,
 ) -> None:
     """Call an application that may drop its connection."""
-    scope["extensions"] = scope.get("extensions", {}) | {ABORT: abort}
+
+    def hang_up() -> None:
+        transport.close()
+        abandon_soon()
+
+    scope["extensions"] = scope.get("extensions", {}) | {
+        ABORT: transport.abort,
+        HANG_UP: hang_up,
+    }
     await app(scope, receive, send)
 
 

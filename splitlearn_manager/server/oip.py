@@ -137,7 +137,9 @@ class OpenInferenceRoutes:
         body = await json_object(request)
         only_ready = body.get("ready", False)
         if not isinstance(only_ready, bool):
-            return error_response(400, f'"ready" must be true or false, found {only_ready!r}')
+            return error_response(
+                request.scope["path"], 400, f'"ready" must be true or false, found {only_ready!r}'
+            )
         models = {model.model_id: model for model in await self._manager.list_models()}
         entries = list(map(_index_entry, models.values()))
         entries += [_not_loaded(name) for name in self._catalogue.models if name not in models]

@@ -199,7 +199,7 @@ class SecurityMiddleware:
             scope.setdefault("state", {})[CLIENT] = self.policy.client_of(scope)
             await self.app(scope, receive, send)
             return
-        response = error_response(refusal.status, refusal.message, refusal.headers)
+        response = error_response(scope["path"], refusal.status, refusal.message, refusal.headers)
         if scope["type"] == "websocket":
             await refuse_websocket(response, scope, receive, send)
         else:

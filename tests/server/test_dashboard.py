@@ -19,7 +19,7 @@ FILE = Path(__file__).parents[2] / "configs" / "grafana" / "splitlearn.json"
 
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
 OF_PROMETHEUS = {"instance", "job", "le"}
-ROWS = ["Health", "Models", "Sessions", "Batching", "Cache memory", "Infer", "Host"]
+ROWS = ["Health", "Models", "Sessions", "Batching", "Cache memory", "Infer", "Text", "Host"]
 
 SELECTOR = re.compile(r"([a-zA-Z_:][\w:]*)\{([^}]*)\}")
 

@@ -224,7 +224,7 @@ async def test_a_bad_body_is_told(served: Any, body: bytes, status: int, said: s
 
 @pytest.mark.parametrize(
     "path",
-    ["/", "/v2/", "/v2/nothing", "/v2/models", "/v2/models/trunk/nothing", "/v1/models", "/docs"],
+    ["/", "/v2/", "/v2/nothing", "/v2/models", "/v2/models/trunk/nothing", "/docs"],
 )
 async def test_an_unknown_path_is_not_found(served: Any, path: str) -> None:
     answer = await served.ask(path)
