@@ -229,7 +229,11 @@ class PartCache(DynamicCache):
     def allocated_nbytes(self) -> int:
         """Bytes of the memory that they lie in, which has room for some positions more."""
         memory = [tensor.untyped_storage() for tensor in self._held()]
-        return sum({piece.data_ptr(): piece.nbytes() for piece in memory}.values())
+        taken = {piece.data_ptr(): piece.nbytes() for piece in memory}
+        for layer in self.layers:
+            if isinstance(layer, GrowingLayer):
+                taken.update(layer.memory())
+        return sum(taken.values())
 
     def _held(self) -> Iterator[torch.Tensor]:
         """Yield the tensors of the part's own layers."""

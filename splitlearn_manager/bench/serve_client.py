@@ -199,10 +199,10 @@ async def idle(url: str, hidden: list[Any], sessions: int, pid: int, cycles: int
 async def held(url: str, hidden: list[Any], sessions: int, pid: int, prompt: int) -> dict[str, Any]:
     """Let sessions hold a prompt each."""
     async with clients(url, 1, _hidden(hidden)) as (client,):
-        # A first one brings what any forward of that size needs.
-        first = await client.open()
-        await client.step(first, 0, prompt)
-        await client.close(first)
+        # Two first ones bring what any forward of that size needs, and what is kept between two.
+        for session in [await client.open() for _ in range(2)]:
+            await client.step(session, 0, prompt)
+            await client.close(session)
         before = _anonymous(pid)
         for _ in range(sessions):
             await client.step(await client.open(), 0, prompt)

@@ -16,9 +16,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from splitlearn_core.machine import return_freed_memory
+from splitlearn_manager.errors import ManagerError
 from splitlearn_manager.serving.pace import Pace
 
 if TYPE_CHECKING:
@@ -31,6 +34,13 @@ if TYPE_CHECKING:
 
 LONGEST_TOGETHER = 16
 """Positions up to which a step shares a forward: a token, or a few that are checked at once."""
+
+_UNTIDY = 512
+"""Positions of prompts after which memory that their forwards freed goes back to the system.
+
+Their tensors are of many sizes, and lie between what sessions keep: left alone, the allocator holds
+on to some 0.9 MB more with every prompt of 2,000.  To give it back takes 1 to 2 ms.
+"""
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,7 @@ class Batcher:
         self._prompts: deque[_Job] = deque()
         self._arrived = asyncio.Event()
         self._pace = Pace(limits.piece)
+        self._untidy = 0
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -290,8 +301,19 @@ class Batcher:
         self._metrics.forward(self._managed.model_id, job.rows, seconds)
         if outcome is None:
             self._prompts.append(job)
-        else:
-            _settle(job, outcome)
+            return
+        await self._tidy(job)
+        _settle(job, outcome)
+
+    async def _tidy(self, job: _Job) -> None:
+        """Give back what the forwards of prompts have freed, once there were enough of them."""
+        self._untidy += job.new * job.rows
+        if self._untidy < _UNTIDY:
+            return
+        self._untidy = 0
+        job.work.pieces.clear()  # they are in the answer
+        with suppress(ManagerError):  # the model is gone, and its memory with it
+            await self._managed.run(return_freed_memory)
 
     def _begin(self, jobs: Sequence[_Job]) -> float:
         """Note that jobs have their turn, and return when."""
