@@ -14,7 +14,8 @@
     ├── UnsavableStateError (TypeError)          training state that no checkpoint can hold
     ├── NoCheckpointError (FileNotFoundError)    there is no training checkpoint in that folder
     ├── WorldSizeError (ValueError)              training can't go on so at that number of ranks
-    └── RankLostError (RuntimeError)             another rank ended, hangs, or failed
+    ├── RankLostError (RuntimeError)             another rank ended, hangs, or failed
+    └── RanksDifferError (ValueError)            ranks were given, or see, different things
 
 Bad split points and dtypes are plain `ValueError`s: the caller's argument is at fault.
 """
@@ -114,4 +115,26 @@ class WorldSizeError(SplitLearnError, ValueError):
 
 
 class RankLostError(SplitLearnError, RuntimeError):
-    """Another rank ended, hangs or failed; the message names it and says what is as it was."""
+    """Another rank ended, hangs or failed; the message names it and says what is as it was.
+
+    Attributes:
+        ranks: Those that are at fault, where that is known.
+    """
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
+        """Keep the ranks beside the message."""
+        super().__init__(message)
+        self.ranks = ranks
+
+
+class RanksDifferError(SplitLearnError, ValueError):
+    """The ranks of a sharded run were given different arguments, or see different checkpoints.
+
+    Attributes:
+        ranks: Those that differ from most; of two ranks, the one that is not rank 0.
+    """
+
+    def __init__(self, message: str, ranks: tuple[int, ...]) -> None:
+        """Keep the ranks beside the message."""
+        super().__init__(message)
+        self.ranks = ranks

@@ -164,7 +164,7 @@ def load_component(
         progress_bar=verbose,
         allow_uncertified=allow_uncertified,
     )
-    spec = _spec(model, component, split_points, allow_empty=allow_empty)
+    spec = component_spec(model, component, split_points, allow_empty=allow_empty)
     settings = generation_config_for(spec, model.files)
     with closing(open_source(model.files)) as source:
         part = build_part(
@@ -213,7 +213,7 @@ def estimate_component(
         token=token,
         allow_uncertified=allow_uncertified,
     )
-    spec = _spec(model, component, split_points, allow_empty=allow_empty)
+    spec = component_spec(model, component, split_points, allow_empty=allow_empty)
     with closing(open_source(model.files)) as source:
         blueprint = draw(
             model.config, spec, source, model.description, model.family, placement.dtype
@@ -234,7 +234,7 @@ def _placement(
     return Placement(checked, as_dtype(dtype), mmap, check_quantization(quantization, checked.type))
 
 
-def _spec(
+def component_spec(
     model: OpenModel, component: str, split_points: Iterable[int] | None, *, allow_empty: bool
 ) -> ComponentSpec:
     """Return the component of the plan that the split points make."""

@@ -208,6 +208,28 @@ def _let_in(layers: nn.ModuleList, family: Family, spec: ComponentSpec, passage:
         layers[number].register_forward_pre_hook(hook, with_kwargs=True)
 
 
+def put_passage_outside(layer: nn.Module, outer: nn.Module | None = None) -> None:
+    """Make the hooks of `_let_in`, and the way out, come before and after all others of a layer.
+
+    Whoever else has hooks there (FSDP does) then sees what the layer is really given, and is done
+    with it when the hidden state leaves.
+
+    Args:
+        layer: Of a pruned model.
+        outer: Wraps the layer, and is called in its stead: the hooks go there.
+    """
+    target = layer if outer is None else outer
+    for key, hook in list(layer._forward_pre_hooks.items()):  # noqa: SLF001 - order has no other door
+        if getattr(hook, "func", None) is _enter:
+            del layer._forward_pre_hooks[key]  # noqa: SLF001
+            layer._forward_pre_hooks_with_kwargs.pop(key, None)  # noqa: SLF001
+            target.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+    for key, after in list(layer._forward_hooks.items()):  # noqa: SLF001
+        if getattr(after, "func", None) is _leave:
+            del layer._forward_hooks[key]  # noqa: SLF001
+            target.register_forward_hook(after)
+
+
 # The hooks are partial functions, not closures: `copy.deepcopy` looks into those and gives the copy
 # of a part hooks with the copy of its passage; closures it would leave with the original's.
 

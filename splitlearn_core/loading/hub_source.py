@@ -60,6 +60,7 @@ class HubSource:
         self._weight_map = weight_map
         self._headers: dict[str, dict[str, TensorInfo]] = {}
         self._homes: dict[str, Path] = {}
+        self._home_headers: dict[Path, dict[str, TensorInfo]] = {}
         self._open: dict[Path, Any] = {}
         self._pages = MappedPages()
 
@@ -97,6 +98,15 @@ class HubSource:
             self._open[path] = _safe_open(path)
         tensor: torch.Tensor = self._open[path].get_tensor(name)
         return tensor
+
+    def place(self, name: str) -> tuple[Path, TensorInfo]:
+        """Return the file in the cache that holds a tensor, and where in it."""
+        if name not in self._homes:
+            self.prepare((name,))
+        path = self._homes[name]
+        if path not in self._home_headers:
+            self._home_headers[path] = read_header(path)
+        return path, self._home_headers[path][name]
 
     def missing_bytes(self, names: Iterable[str]) -> int:
         """Return how many bytes of some tensors are not on this machine yet."""

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,8 @@ from splitlearn_core.loading.torch_files import read_torch_file
 from splitlearn_core.messages import in_one_line
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from splitlearn_core.headers import TensorInfo
     from splitlearn_core.loading.files import CheckpointFiles
     from splitlearn_core.loading.stages import Progress
@@ -110,6 +112,15 @@ class TensorSource(Protocol):
         ...
 
 
+@runtime_checkable
+class PlacedSource(Protocol):
+    """A source whose tensors lie in files that can be read from any byte on."""
+
+    def place(self, name: str) -> tuple[Path, TensorInfo]:
+        """Return the file on this machine that holds a tensor that was prepared, and where."""
+        ...
+
+
 class SafetensorsSource:
     """A safetensors checkpoint, of one file or many, read by memory map.
 
@@ -147,14 +158,7 @@ class SafetensorsSource:
 
     def info(self, name: str) -> StoredTensor:
         """Return dtype and shape of one, from its file's header."""
-        file = self._weight_map[name]
-        header = self._header(file)
-        if name not in header:
-            raise CheckpointError(
-                f"{self._files.describe(INDEX_FILE)} says that {name} lies in {file}, but it is"
-                " not there"
-            )
-        return stored_as(header[name])
+        return stored_as(self._located(name)[1])
 
     def prepare(self, names: Iterable[str], progress: Progress | None = None) -> None:
         """Do nothing: tensors are mapped where they lie."""
@@ -176,6 +180,11 @@ class SafetensorsSource:
         """Let go of its pages."""
         self._pages.give_back(tensor)
 
+    def place(self, name: str) -> tuple[Path, TensorInfo]:
+        """Return the file that holds a tensor, and where in it."""
+        file, info = self._located(name)
+        return self._files.fetch(file), info
+
     def where(self, name: str) -> str:
         """Return the file that holds a tensor."""
         return self._files.describe(self._weight_map[name])
@@ -183,6 +192,16 @@ class SafetensorsSource:
     def close(self) -> None:
         """Close the files; tensors that were read keep their mapping."""
         self._open.clear()
+
+    def _located(self, name: str) -> tuple[str, TensorInfo]:
+        file = self._weight_map[name]
+        header = self._header(file)
+        if name not in header:
+            raise CheckpointError(
+                f"{self._files.describe(INDEX_FILE)} says that {name} lies in {file}, but it is"
+                " not there"
+            )
+        return file, header[name]
 
     def _header(self, file: str) -> dict[str, TensorInfo]:
         if file not in self._headers:

@@ -12,18 +12,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from splitlearn_core.sharded.dcp import check_optimizer, load_dcp, save_dcp
     from splitlearn_core.sharded.group import joined_group
+    from splitlearn_core.sharded.load import load_sharded
+    from splitlearn_core.sharded.report import RankReport, ShardReport, report_of
 
 __all__ = [
+    "RankReport",
+    "ShardReport",
     "check_optimizer",
     "joined_group",
     "load_dcp",
+    "load_sharded",
+    "report_of",
     "save_dcp",
 ]
 
 _HOMES = {
+    "RankReport": "report",
+    "ShardReport": "report",
     "check_optimizer": "dcp",
     "joined_group": "group",
     "load_dcp": "dcp",
+    "load_sharded": "load",
+    "report_of": "report",
     "save_dcp": "dcp",
 }
 

@@ -4,71 +4,34 @@ from __future__ import annotations
 
 import pickle
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from dcp_checks import sharded, state_of, tiny, train, trained  # noqa: F401 - shared with ranks
-from ranks import run_ranks
+from dcp_checks import state_of, tiny, trained
+from two_ranks import TwoRanks
 
 from splitlearn_core.errors import CheckpointError, ModelSourceError, StorageError
 from splitlearn_core.sharded import check_optimizer, load_dcp, save_dcp
 
-Ranks = Callable[[str], list[Any]]
 
-
-@pytest.fixture(scope="module")
-def at_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder that one process without a group has written, its state beside it."""
-    folder = tmp_path_factory.mktemp("at-one")
-    model = tiny()
-    optimizer = trained(model)
-    save_dcp(folder / "dcp", model, optimizer)
-    torch.save(state_of(model, optimizer), folder / "state.pt")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run(at_one: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a run of two ranks."""
-    folder = tmp_path_factory.mktemp("two-ranks")
-    settings = {"at_one": str(at_one / "dcp"), "at_one_state": str(at_one / "state.pt")}
-    found = run_ranks("dcp_checks", 2, folder, settings)
-    torch.save(found, folder / "found.pt")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def ranks(run: Path) -> Ranks:
-    """Return what tells what both ranks answered."""
-    found = torch.load(run / "found.pt", weights_only=True)
-
-    def of(name: str) -> list[Any]:
-        for rank, answers in enumerate(found):
-            assert "error" not in answers[name], f"rank {rank}: {answers[name]['error']}"
-        return [answers[name]["value"] for answers in found]
-
-    return of
-
-
-def test_going_on_from_a_folder_is_going_on(ranks: Ranks) -> None:
-    saved, loaded = ranks("check_saves_at_two"), ranks("check_goes_on_at_two")
+def test_going_on_from_a_folder_is_going_on(two_ranks: TwoRanks) -> None:
+    saved, loaded = two_ranks("check_saves_at_two"), two_ranks("check_goes_on_at_two")
 
     assert saved == loaded
     assert saved[0] == saved[1]
     assert saved[0][1] < saved[0][0]
 
 
-def test_one_process_reads_what_two_wrote(run: Path) -> None:
+def test_one_process_reads_what_two_wrote(two_ranks: TwoRanks) -> None:
     model = tiny(seed=1)
     optimizer = torch.optim.AdamW(model.parameters())
 
-    load_dcp(run / "at-two", model, optimizer)
+    load_dcp(two_ranks.folder / "at-two", model, optimizer)
 
-    wanted = torch.load(run / "at-two.pt", weights_only=True)
+    wanted = torch.load(two_ranks.folder / "at-two.pt", weights_only=True)
     found = state_of(model, optimizer)
     assert found.keys() == wanted.keys()
     assert any(name.endswith("exp_avg_sq") for name in wanted)
@@ -77,40 +40,40 @@ def test_one_process_reads_what_two_wrote(run: Path) -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_two_read_what_one_process_wrote(ranks: Ranks) -> None:
-    for equal in ranks("check_reads_what_one_wrote"):
+def test_two_read_what_one_process_wrote(two_ranks: TwoRanks) -> None:
+    for equal in two_ranks("check_reads_what_one_wrote"):
         assert len(equal) > 40
         assert all(equal.values())
 
 
-def test_fsdp1_and_fsdp2_read_each_others_folders(ranks: Ranks) -> None:
-    for went_on, fsdp2, fsdp1 in ranks("check_fsdp1_writes_and_fsdp2_reads"):
+def test_fsdp1_and_fsdp2_read_each_others_folders(two_ranks: TwoRanks) -> None:
+    for went_on, fsdp2, fsdp1 in two_ranks("check_fsdp1_writes_and_fsdp2_reads"):
         assert went_on == pytest.approx(fsdp2, abs=1e-6)
         assert went_on == fsdp1
 
 
-def test_torch_itself_reads_the_folder(run: Path) -> None:
+def test_torch_itself_reads_the_folder(two_ranks: TwoRanks) -> None:
     model = tiny(seed=1)
     state = {"model": model.state_dict()}
 
     with pytest.warns(UserWarning, match="single process"):
-        dcp.load(state, checkpoint_id=run / "at-two")
+        dcp.load(state, checkpoint_id=two_ranks.folder / "at-two")
 
-    wanted = torch.load(run / "at-two.pt", weights_only=True)
+    wanted = torch.load(two_ranks.folder / "at-two.pt", weights_only=True)
     assert all(torch.equal(value, wanted[name]) for name, value in state["model"].items())
 
 
-def test_nothing_is_left_beside_a_folder(run: Path) -> None:
-    assert not list(run.glob(".*"))
+def test_nothing_is_left_beside_a_folder(two_ranks: TwoRanks) -> None:
+    assert not list(two_ranks.folder.glob(".*"))
 
 
-def test_a_folder_that_holds_something_is_refused(ranks: Ranks) -> None:
-    for message in ranks("check_a_full_folder_is_refused"):
+def test_a_folder_that_holds_something_is_refused(two_ranks: TwoRanks) -> None:
+    for message in two_ranks("check_a_full_folder_is_refused"):
         assert "at-two is not empty" in message
 
 
-def test_an_optimizer_made_while_parameters_were_gathered_is_refused(ranks: Ranks) -> None:
-    for message in ranks("check_an_optimizer_of_gathered_parameters_is_refused"):
+def test_an_optimizer_made_while_parameters_were_gathered_is_refused(two_ranks: TwoRanks) -> None:
+    for message in two_ranks("check_an_optimizer_of_gathered_parameters_is_refused"):
         assert "the optimizer has 2 parameters that are not the model's" in message
         assert "[131, 32]" in message
 

@@ -1,7 +1,7 @@
 """Several ranks of a process group, started by a test: what each answers comes back as JSON.
 
-Each rank is a fresh process that imports torch, so that one start is shared by many checks.  They
-meet through a file, and speak over loopback alone: nothing listens to the outside.
+To import torch and transformers takes seconds: one process does so and forks the ranks, run after
+run.  They meet through a file, and speak over loopback alone: nothing listens to the outside.
 """
 
 from __future__ import annotations
@@ -11,83 +11,119 @@ import json
 import os
 import subprocess
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-SUPPORT = Path(__file__).parent
 _DEADLINE = 110
 
 
-def start_ranks(
-    module: str,
-    world: int,
-    folder: Path,
-    settings: dict[str, Any],
-    *,
-    names: list[str] | None = None,
-) -> list[subprocess.Popen[bytes]]:
-    """Start the ranks; each runs the checks of a module of ours, and writes what they answer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "settings.json").write_text(json.dumps({"names": names, **settings}))
+@dataclass(frozen=True)
+class Run:
+    """One process group, from its beginning to its end.
+
+    Attributes:
+        folder: Where its ranks work; made for it.
+        modules: Whose functions called `check_…` each rank calls, in their order.
+        world: How many ranks.
+        settings: What checks are given.
+        names: Of the checks; all when left out.
+        dying: The rank that kills itself.
+    """
+
+    folder: str
+    modules: Sequence[str]
+    world: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    names: Sequence[str] | None = None
+    dying: int | None = None
+
+    def answers(self) -> list[dict[str, Any]]:
+        """Return what each rank answered, by check; of one that died, before that."""
+        codes = json.loads((Path(self.folder) / "codes.json").read_text())
+        for rank, code in enumerate(codes):
+            log = (Path(self.folder) / f"{rank}.log").read_text(errors="replace")
+            wanted = -9 if rank == self.dying else 0
+            assert code == wanted, f"rank {rank} ended with {code}:\n{log[-3000:]}"
+        files = [Path(self.folder) / f"{rank}.json" for rank in range(self.world)]
+        return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
+def run_ranks(folder: Path, runs: Sequence[Run]) -> None:
+    """Let the ranks of some runs work, one run after the other.
+
+    Args:
+        folder: Where the runs are written down.
+        runs: Whose answers can be read afterwards.
+    """
+    orders = folder / "runs.json"
+    orders.write_text(json.dumps([asdict(run) for run in runs]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    return [_started(module, rank, world, folder, environment) for rank in range(world)]
-
-
-def _started(
-    module: str, rank: int, world: int, folder: Path, environment: dict[str, str]
-) -> subprocess.Popen[bytes]:
-    command = [sys.executable, __file__, module, str(rank), str(world), str(folder)]
-    with (folder / f"{rank}.log").open("wb") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-
-
-def answers(processes: list[subprocess.Popen[bytes]], folder: Path) -> list[dict[str, Any]]:
-    """Wait for the ranks, and return what each answered."""
-    try:
-        for rank, process in enumerate(processes):
-            code = process.wait(timeout=_DEADLINE)
-            log = (folder / f"{rank}.log").read_text(errors="replace")
-            assert code == 0, f"rank {rank} ended with {code}:\n{log[-3000:]}"
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return [json.loads((folder / f"{r}.json").read_text()) for r in range(len(processes))]
-
-
-def run_ranks(
-    module: str, world: int, folder: Path, settings: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Start the ranks, and wait for them."""
-    return answers(start_ranks(module, world, folder, settings), folder)
-
-
-def checks_of(module: str) -> dict[str, Callable[..., Any]]:
-    """Return the functions of a module that are called `check_…`, in their order."""
-    found = vars(importlib.import_module(module))
-    return {name: value for name, value in found.items() if name.startswith("check_")}
+    with (folder / "ranks.log").open("w+") as log:
+        command = [sys.executable, __file__, str(orders)]
+        done = subprocess.run(
+            command, env=environment, stdout=log, stderr=log, timeout=_DEADLINE, check=False
+        )
+        log.seek(0)
+        assert done.returncode == 0, log.read()[-3000:]
 
 
 def main() -> None:
-    """Be one rank."""
-    module, rank, world, name = sys.argv[1:]
-    folder = Path(name)
-    settings = json.loads((folder / "settings.json").read_text())
-    from splitlearn_core.sharded import joined_group  # noqa: PLC0415 - torch, once it is needed
+    """Do the runs that a file names."""
+    runs = [Run(**fields) for fields in json.loads(Path(sys.argv[1]).read_text())]
+    for name in {name for run in runs for name in run.modules}:
+        importlib.import_module(name)
+    for run in runs:
+        folder = Path(run.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        processes = [_forked(run, rank) for rank in range(run.world)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+        (folder / "codes.json").write_text(json.dumps(codes))
 
-    names = settings.pop("names")
+
+def _forked(run: Run, rank: int) -> int:
+    """Start one rank; return its process id."""
+    sys.stdout.flush()
+    process = os.fork()
+    if process:
+        return process
+    log = os.open(f"{run.folder}/{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 1
+    try:
+        _be_rank(run, rank)
+        code = 0
+    except BaseException:  # noqa: BLE001 - the process ends here
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def _be_rank(run: Run, rank: int) -> None:
+    """Join the group, call the checks, and write down what they answer."""
+    from splitlearn_core.sharded import joined_group  # noqa: PLC0415 - torch
+
+    folder = Path(run.folder)
+    every = [vars(importlib.import_module(module)) for module in run.modules]
+    checks: dict[str, Callable[..., Any]] = {
+        n: check for found in every for n, check in found.items() if n.startswith("check_")
+    }
     found: dict[str, Any] = {}
-    with joined_group(f"file://{folder}/store", rank=int(rank), world_size=int(world), timeout=60):
-        for key, check in checks_of(module).items():
-            if names is not None and key not in names:
-                continue
+    store = f"file://{folder}/store"
+    with joined_group(store, rank=rank, world_size=run.world, timeout=60):
+        for name in run.names or checks:
+            begun = time.perf_counter()
             try:
-                found[key] = {"value": check(folder, settings)}
+                found[name] = {"value": checks[name](folder, run.settings)}
             except Exception:  # noqa: BLE001 - told to the test, which shows it
-                found[key] = {"error": traceback.format_exc()}
-    (folder / f"{rank}.json").write_text(json.dumps(found))
+                found[name] = {"error": traceback.format_exc()}
+            print(f"{name}: {time.perf_counter() - begun:.1f} s", flush=True)  # noqa: T201
+            (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

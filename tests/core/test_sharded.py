@@ -1,0 +1,182 @@
+"""Sharded loading at two ranks: what each reads, what they compute and train, and refusals."""
+
+from __future__ import annotations
+
+import pytest
+from two_ranks import TwoRanks
+
+SAMPLES = 3 * 256
+
+
+@pytest.mark.parametrize("component", ["full", "bottom", "trunk", "top"])
+@pytest.mark.parametrize("source", ["slices", "full_state"])
+@pytest.mark.parametrize("how", ["fsdp2", "fsdp1"])
+def test_a_part_computes_what_it_does_unsharded_and_each_rank_reads_its_share(
+    how: str, source: str, component: str, two_ranks: TwoRanks
+) -> None:
+    for answers in two_ranks("check_every_way"):
+        found = answers[f"{how} {source} {component}"]
+
+        assert found["equal"]
+        assert not found["training"]
+        report = found["report"]
+        assert report["component"] == component
+        assert report["bytes_total"] == found["nbytes"]
+        read = [rank["bytes_read"] for rank in report["ranks"]]
+        held = [rank["bytes_held"] for rank in report["ranks"]]
+        samples = found["tensors"] * SAMPLES
+        buffers = 4 * (8 // 2) * 2  # rotary tables, which nobody reads
+        if source == "slices":
+            assert all(r <= h - buffers + samples for r, h in zip(read, held, strict=True))
+        else:
+            assert read == [found["nbytes"], 0]
+        assert max(held) <= found["nbytes"] / 2 + 32 * 4 * found["tensors"]
+
+
+def test_what_is_handed_out(two_ranks: TwoRanks) -> None:
+    kinds = {name: found["kind"] for name, found in two_ranks("check_every_way")[0].items()}
+
+    assert kinds["fsdp2 slices full"] == "FSDPLlamaForCausalLM"
+    assert kinds["fsdp2 slices trunk"] == "FSDPSplitModel"
+    assert kinds["fsdp1 slices full"] == "FullyShardedDataParallel"
+
+
+def test_other_models_are_equal_to_the_bit(two_ranks: TwoRanks) -> None:
+    for equal in two_ranks("check_other_models"):
+        assert len(equal) == 16
+        assert [name for name, value in equal.items() if not value] == []
+
+
+def test_rows_that_two_ranks_cannot_share_evenly(two_ranks: TwoRanks) -> None:
+    first, second = two_ranks("check_rows")
+
+    assert (first["table"], second["table"]) == ([49, 32], [48, 32])
+    assert first["gate"][0] + second["gate"][0] == 1
+
+
+def test_ties(two_ranks: TwoRanks) -> None:
+    for found in two_ranks("check_ties"):
+        assert found["tied"]
+        assert found["counted once"] == 0
+        assert found["apart"]
+        assert found["apart equal"]
+        assert found["one of two"]
+
+
+def test_training_takes_the_steps_of_one_process(two_ranks: TwoRanks) -> None:
+    for losses in two_ranks("check_training"):
+        plain = losses["plain"]
+        same = plain["same text"]
+        assert same[2] < same[1] < same[0]
+        assert len(losses) == 9
+        for way, found in losses.items():
+            assert found["same text"] == same, way
+            assert found["each its own"] == pytest.approx(plain["each its own"], abs=1e-5), way
+
+
+def test_gradients_are_clipped_by_the_norm_of_all_ranks(two_ranks: TwoRanks) -> None:
+    for losses in two_ranks("check_clipping"):
+        assert losses["fsdp2"] == pytest.approx(losses["plain"], abs=1e-5)
+
+
+def test_gradients_cross_from_part_to_part(two_ranks: TwoRanks) -> None:
+    for losses in two_ranks("check_training_of_parts"):
+        assert losses["fsdp2"] == losses["plain"]
+        assert losses["fsdp1"] == losses["plain"]
+
+
+def test_an_optimizer_made_after_an_evaluation_trains_all(two_ranks: TwoRanks) -> None:
+    wanted = two_ranks("check_training")[0]["plain"]["same text"]
+    for found in two_ranks("check_an_optimizer_after_an_evaluation"):
+        assert found["fsdp2"]["kinds"] == ["DTensor"]
+        assert found["fsdp2"]["losses"] == wanted
+        assert found["fsdp1"]["losses"] == wanted
+
+
+def test_mixed_precision(two_ranks: TwoRanks) -> None:
+    for answers in two_ranks("check_mixed_precision"):
+        for found in answers.values():
+            assert found["kept"] == ["torch.float32"]
+            assert found["computed"] == "torch.bfloat16"
+            assert found["error"] < 0.02
+            assert found["losses"][1] < found["losses"][0]
+            assert found["trunk"] == "torch.bfloat16"
+
+
+DIFFERENCES = {
+    "dtype": "in dtype: rank 1: '\"bfloat16\"'; rank 0: 'null'",
+    "component": "in component: rank 1: '\"top\"'; rank 0: '\"trunk\"'",
+    "how": "in how: rank 1: '\"fsdp1\"'; rank 0: '\"fsdp2\"'",
+    "weights": "in weights: rank 1:",
+    "shapes": "in the model's config: rank 1:",
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENCES)
+def test_a_rank_that_differs_is_named_on_every_rank(case: str, two_ranks: TwoRanks) -> None:
+    for answers in two_ranks("check_refusals"):
+        assert answers[case]["kind"] == "RanksDifferError"
+        assert f"loading: the ranks differ {DIFFERENCES[case]}" in answers[case]["text"]
+        assert answers[case]["ranks"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "why"),
+    [
+        ("truncated", "CheckpointError", "is cut off: it has"),
+        ("missing", "CheckpointError", "is not there"),
+        ("nowhere", "ModelSourceError", "there is no such folder"),
+    ],
+)
+def test_damage_that_one_rank_alone_sees_ends_all(
+    case: str, kind: str, why: str, two_ranks: TwoRanks
+) -> None:
+    first, second = (answers[case] for answers in two_ranks("check_refusals"))
+
+    assert second["kind"] == kind
+    assert why in second["text"]
+    assert first["kind"] == "RankLostError"
+    assert f"loading: rank 1 failed: {kind}" in first["text"]
+    assert why in first["text"]
+    assert first["ranks"] == [1]
+
+
+def test_rank_0_alone_needs_the_checkpoint_and_it_is_named_where_it_has_none(
+    two_ranks: TwoRanks,
+) -> None:
+    first, second = two_ranks("check_refusals")
+
+    assert first["rank 0 has none"]["kind"] == "ValueError"
+    assert second["rank 0 has none"]["kind"] == "RankLostError"
+    assert "rank 0 failed: ValueError" in second["rank 0 has none"]["text"]
+    assert first["rank 0 is damaged"]["kind"] == "CheckpointError"
+    assert "rank 0 failed: CheckpointError" in second["rank 0 is damaged"]["text"]
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "text"),
+    [
+        ("how", "ValueError", "how must be one of ('fsdp1', 'fsdp2'), found 'fsdp3'"),
+        ("source", "ValueError", "source must be one of"),
+        ("strategy", "ValueError", "found 'ZERO'"),
+        ("mesh", "ValueError", "FULL_SHARD needs a mesh of 1 dimensions"),
+        ("one rank", "ValueError", "would not sum gradients at all"),
+        ("timeout", "ValueError", "timeout must be more than 0"),
+        ("points", "ValueError", "out of range"),
+        ("component", "KeyError", "no component 'middle'"),
+        ("report", "ValueError", "Linear was not made by load_sharded"),
+    ],
+)
+def test_wrong_arguments(case: str, kind: str, text: str, two_ranks: TwoRanks) -> None:
+    found = [answers[case] for answers in two_ranks("check_wrong_arguments")]
+
+    assert kind in {one["kind"] for one in found}
+    assert any(text in one["text"] for one in found)
+    assert all(one["kind"] in {kind, "RankLostError"} for one in found)
+
+
+def test_progress_ends_with_the_share(two_ranks: TwoRanks) -> None:
+    for seen in two_ranks("check_progress"):
+        done = [one for one, _ in seen]
+        assert done == sorted(done)
+        assert seen[-1][0] == seen[-1][1] > 100_000

@@ -1,0 +1,329 @@
+"""What two ranks check of sharded loading: each answers with figures that a test asserts on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from splitlearn_core.factory import load_component
+from splitlearn_core.sharded import load_sharded, report_of
+from splitlearn_core.split_model import SplitModel
+
+Settings = dict[str, Any]
+POINTS = (2, 4)
+WAYS = [(how, source) for how in ("fsdp2", "fsdp1") for source in ("slices", "full_state")]
+IDS = torch.arange(24).view(2, 12) % 97
+
+
+def load(path: str, component: str = "full", **options: Any) -> nn.Module:
+    """Load, without naming the model where rank 0 alone has it."""
+    absent = options.get("source") == "full_state" and dist.get_rank() > 0
+    options = {"timeout": 30, **options}
+    return load_sharded(None if absent else path, component, POINTS, **options)
+
+
+def inputs_of(part: SplitModel) -> torch.Tensor:
+    """Return what a part takes."""
+    if part.spec.is_first:
+        return IDS
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 12, part.hidden_size, generator=generator).to(part.hidden_dtype)
+
+
+def run(part: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """Return logits or the hidden state."""
+    with torch.no_grad():
+        output = part(inputs)
+    return getattr(output, "logits", output)
+
+
+def alike(path: str, component: str, **options: Any) -> bool:
+    """Whether a sharded part computes what the part itself does, to the bit."""
+    dtype = options.get("dtype")
+    plain = load_component(path, component, POINTS, dtype=dtype)
+    sharded = load(path, component, **options)
+    return torch.equal(run(sharded, inputs_of(plain)), run(plain, inputs_of(plain)))
+
+
+def check_every_way(folder: Path, settings: Settings) -> dict[str, Any]:
+    """Every part, both ways of sharding, both sources."""
+    del folder
+    found = {}
+    for how, source in WAYS:
+        for component in ("full", "bottom", "trunk", "top"):
+            path = settings["llama"]
+            plain = load_component(path, component, POINTS)
+            module = load(path, component, how=how, source=source)
+            found[f"{how} {source} {component}"] = {
+                "equal": torch.equal(run(module, inputs_of(plain)), run(plain, inputs_of(plain))),
+                "kind": type(module).__name__,
+                "training": module.training,
+                "report": report_of(module).to_dict(),
+                "nbytes": sum(p.nbytes for p in plain.parameters()),
+                "tensors": len(list(plain.parameters())),
+            }
+    return found
+
+
+def check_other_models(folder: Path, settings: Settings) -> dict[str, bool]:
+    """Tied heads, biases, fused experts, a gate of one row, a part's folder, torch files."""
+    del folder
+    found = {}
+    for name in ("tied", "gpt2", "experts", "one-row", "torch-file"):
+        for how in ("fsdp2", "fsdp1"):
+            found[f"{name} {how}"] = alike(settings[name], "full", how=how)
+    for name in ("tied", "experts"):
+        found[f"{name} full_state"] = alike(settings[name], "full", source="full_state")
+    found["tied top"] = alike(settings["tied"], "top")
+    found["half"] = alike(settings["llama"], "full", dtype="bfloat16")
+    found["half full_state"] = alike(
+        settings["llama"], "trunk", dtype="bfloat16", source="full_state"
+    )
+    found["no layers"] = _alike_without_layers(settings["llama"])
+    return found
+
+
+def _alike_without_layers(path: str) -> bool:
+    """A Bottom of all layers, and a Top of none."""
+    equal = []
+    for component in ("bottom", "top"):
+        plain = load_component(path, component, (5, 6), allow_empty=True)
+        sharded = load_sharded(path, component, (5, 6), allow_empty=True, timeout=30)
+        trunk = load_component(path, "trunk", (5, 6), allow_empty=True)
+        inner = load_sharded(path, "trunk", (5, 6), allow_empty=True, timeout=30)
+        for one, other in ((plain, sharded), (trunk, inner)):
+            equal.append(torch.equal(run(other, inputs_of(one)), run(one, inputs_of(one))))
+    return all(equal)
+
+
+def check_rows(folder: Path, settings: Settings) -> dict[str, Any]:
+    """How many rows of 97 each rank has, and of a table with one."""
+    del folder
+    table = load(settings["llama"]).get_parameter("lm_head.weight")
+    gate = load(settings["one-row"]).get_parameter("model.layers.0.mlp.shared_expert_gate.weight")
+    assert isinstance(table, DTensor)
+    assert isinstance(gate, DTensor)
+    return {"table": list(table.to_local().shape), "gate": list(gate.to_local().shape)}
+
+
+def check_ties(folder: Path, settings: Settings) -> dict[str, Any]:
+    """Tied heads stay tied through training; what is stored twice and differs stays apart."""
+    del folder
+    model = load(settings["tied"])
+    losses(model, 2)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    apart = load(settings["untied-values"])
+    unsplit = AutoModelForCausalLM.from_pretrained(settings["untied-values"])
+    return {
+        "tied": embedding.weight is head.weight,
+        "counted once": len([n for n, _ in model.named_parameters() if "lm_head" in n]),
+        "apart": apart.get_input_embeddings().weight is not apart.get_output_embeddings().weight,
+        "apart equal": torch.equal(run(apart, IDS), run(unsplit.eval(), IDS)),
+        "stored twice": load(settings["tied-twice"]).get_output_embeddings().weight.numel(),
+        "one of two": alike(settings["tied-twice"], "full"),
+    }
+
+
+# --- training ----------------------------------------------------------------------------------
+
+
+def losses(
+    model: nn.Module, steps: int, optimizer: torch.optim.Optimizer | None = None, clip: float = 1.0
+) -> list[float]:
+    """Train on the same text on every rank."""
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-2)
+    found = []
+    for _ in range(steps):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+def check_training(folder: Path, settings: Settings) -> dict[str, dict[str, list[float]]]:
+    """Losses of three steps: one process, both ways, other strategies and meshes."""
+    del folder
+    path = settings["llama"]
+    grid = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    row = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+    ways: dict[str, Callable[[], nn.Module]] = {
+        "plain": lambda: AutoModelForCausalLM.from_pretrained(path),
+        "fsdp2": lambda: load(path),
+        "fsdp2 full_state": lambda: load(path, source="full_state"),
+        "fsdp2 kept": lambda: load(path, reshard_after_forward=False),
+        "fsdp2 replicated": lambda: load(path, mesh=grid),
+        "fsdp1": lambda: load(path, how="fsdp1"),
+        "fsdp1 grad op": lambda: load(path, how="fsdp1", sharding_strategy="SHARD_GRAD_OP"),
+        "fsdp1 no shard": lambda: load(path, how="fsdp1", sharding_strategy="NO_SHARD"),
+        "fsdp1 hybrid": lambda: load(path, how="fsdp1", sharding_strategy="HYBRID_SHARD", mesh=row),
+    }
+    return {
+        name: {
+            "same text": losses(make().train(), 3, clip=1e9),
+            "each its own": _losses_of_all(make().train(), name != "plain"),
+        }
+        for name, make in ways.items()
+    }
+
+
+def _losses_of_all(model: nn.Module, sharded: bool) -> list[float]:
+    """Train each rank on a text of its own, or one process on both; without any scaling."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    rank = dist.get_rank()
+    mine = IDS[rank : rank + 1] if sharded else IDS
+    for _ in range(3):
+        model(mine, labels=mine).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        return [float(model(text[None], labels=text[None]).loss) for text in IDS]
+
+
+def check_clipping(folder: Path, settings: Settings) -> dict[str, list[float]]:
+    """Losses where gradients are clipped hard."""
+    del folder
+    plain = AutoModelForCausalLM.from_pretrained(settings["llama"])
+    return {
+        "plain": losses(plain, 3, clip=0.01),
+        "fsdp2": losses(load(settings["llama"]), 3, clip=0.01),
+    }
+
+
+def check_training_of_parts(folder: Path, settings: Settings) -> dict[str, list[float]]:
+    """Three sharded parts, one after the other, against the unsplit model; gradients cross."""
+    del folder
+    found = {}
+    for how in ("plain", "fsdp2", "fsdp1"):
+        names = ("bottom", "trunk", "top")
+        if how == "plain":
+            parts = [load_component(settings["llama"], n, POINTS) for n in names]
+        else:
+            parts = [load(settings["llama"], n, how=how) for n in names]
+        optimizers = [torch.optim.AdamW(part.parameters(), lr=1e-2) for part in parts]
+        found[how] = [_step(parts, optimizers) for _ in range(3)]
+    return found
+
+
+def _step(parts: list[nn.Module], optimizers: list[torch.optim.AdamW]) -> float:
+    values: Any = IDS
+    for part in parts[:-1]:
+        values = part(values)
+    loss = parts[-1](values, labels=IDS).loss
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item()
+
+
+def check_an_optimizer_after_an_evaluation(folder: Path, settings: Settings) -> dict[str, Any]:
+    """The root is sharded again after a forward without gradients: it is trained."""
+    del folder
+    found = {}
+    for how in ("fsdp2", "fsdp1"):
+        model = load(settings["llama"], how=how)
+        run(model, IDS)
+        kinds = {type(p).__name__ for p in model.parameters()}
+        found[how] = {"losses": losses(model, 3, clip=1e9), "kinds": sorted(kinds)}
+    return found
+
+
+def check_mixed_precision(folder: Path, settings: Settings) -> dict[str, Any]:
+    """Computed in bfloat16, kept and summed in float32."""
+    del folder
+    half = load_component(settings["llama"], "full", dtype="bfloat16")
+    wanted = run(half, IDS).float()
+    found = {}
+    for how in ("fsdp2", "fsdp1"):
+        model = load(settings["llama"], how=how, param_dtype="bfloat16", reduce_dtype="float32")
+        logits = run(model, IDS)
+        found[how] = {
+            "kept": sorted({str(p.dtype) for p in model.parameters()}),
+            "computed": str(logits.dtype),
+            "error": float((logits.float() - wanted).abs().max() / wanted.abs().max()),
+            "losses": losses(model, 2),
+            "trunk": str(
+                run(
+                    load(settings["llama"], "trunk", how=how, param_dtype="bfloat16"),
+                    torch.zeros(1, 3, 32),
+                ).dtype
+            ),
+        }
+    return found
+
+
+# --- faults ------------------------------------------------------------------------------------
+
+
+def refused(call: Callable[[], Any]) -> dict[str, Any]:
+    """Return the error that a call raises."""
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001 - told to the test
+        ranks = list(getattr(error, "ranks", ()))
+        return {"kind": type(error).__name__, "text": str(error), "ranks": ranks}
+    return {"kind": "", "text": "", "ranks": []}
+
+
+def check_refusals(folder: Path, settings: Settings) -> dict[str, Any]:
+    """What differs at one rank, and what is damaged at one rank alone."""
+    del folder
+    rank = dist.get_rank()
+    path = settings["llama"]
+    by_rank: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "dtype": (lambda: load(path), lambda: load(path, dtype="bfloat16")),
+        "component": (lambda: load(path, "trunk"), lambda: load(path, "top")),
+        "how": (lambda: load(path), lambda: load(path, how="fsdp1")),
+        "weights": (lambda: load(path), lambda: load(settings["other-weights"])),
+        "shapes": (lambda: load(path), lambda: load(settings["tied"])),
+        "truncated": (lambda: load(path), lambda: load(settings["truncated"])),
+        "missing": (lambda: load(path), lambda: load(settings["missing"])),
+        "nowhere": (lambda: load(path), lambda: load(path + "-nowhere")),
+        "rank 0 has none": (
+            lambda: load_sharded(None, source="full_state", timeout=30),
+            lambda: load_sharded(None, source="full_state", timeout=30),
+        ),
+        "rank 0 is damaged": (
+            lambda: load(settings["truncated"], source="full_state"),
+            lambda: load(path, source="full_state"),
+        ),
+    }
+    return {name: refused(calls[rank]) for name, calls in by_rank.items()}
+
+
+def check_wrong_arguments(folder: Path, settings: Settings) -> dict[str, Any]:
+    """Arguments that no rank can use."""
+    del folder
+    path = settings["llama"]
+    grid = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    calls: dict[str, Callable[[], Any]] = {
+        "how": lambda: load(path, how="fsdp3"),
+        "source": lambda: load(path, source="files"),
+        "strategy": lambda: load(path, how="fsdp1", sharding_strategy="ZERO"),
+        "mesh": lambda: load(path, how="fsdp1", mesh=grid),
+        "one rank": lambda: load(path, how="fsdp1", sharding_strategy="HYBRID_SHARD", mesh=grid),
+        "timeout": lambda: load(path, timeout=0),
+        "points": lambda: load_sharded(path, "trunk", [2, 99], timeout=30),
+        "component": lambda: load(path, "middle"),
+        "report": lambda: report_of(nn.Linear(1, 1)),
+    }
+    return {name: refused(call) for name, call in calls.items()}
+
+
+def check_progress(folder: Path, settings: Settings) -> list[list[int]]:
+    """Bytes that were told of."""
+    del folder
+    seen: list[list[int]] = []
+    load(settings["llama"], progress=lambda done, total: seen.append([done, total]))
+    return seen
