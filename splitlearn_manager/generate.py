@@ -1,46 +1,75 @@
-"""Generate text with a configured model, in this process."""
+"""Generate text with a loaded model, as it comes, and say what it took."""
 
 from __future__ import annotations
 
-import asyncio
 import sys
-import threading
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import uvloop
-from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import TextStreamer
 
-from splitlearn_core.quickstart import load_tokenizer
-from splitlearn_manager.client.pipeline import Pipeline
-from splitlearn_manager.core.async_model_manager import AsyncModelManager
-from splitlearn_manager.core.failures import without_frames
-from splitlearn_manager.core.resources import ResourceManager
+from splitlearn_manager.breakdown import Stopwatch
+from splitlearn_manager.language_model import (
+    LanguageModel,
+    describe_places,
+    open_language_model,
+)
 
 if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable
+
+    from splitlearn_manager.breakdown import Breakdown
     from splitlearn_manager.config.daemon_config import DaemonConfig
     from splitlearn_manager.config.model_config import ModelConfig
+    from splitlearn_manager.language_model import PartPlace
+
+_PROMPT_AND_FIRST = 2
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """How to generate; as in transformers, where `temperature` 0 means greedy."""
+    """How to generate; as in transformers, where `temperature` 0 means greedy.
+
+    Attributes:
+        max_new_tokens: Most tokens to make.
+        temperature: 0 takes the likeliest token each time; `None` leaves it to the model's own
+            settings.
+        top_k: Choose among so many tokens.
+        top_p: Choose among this much probability.
+        seed: Makes sampling repeatable.
+        prompt_lookup: So many tokens are guessed from what was there before, and checked together.
+        assistant: A small model of the same tokens that guesses instead.
+    """
 
     max_new_tokens: int
-    temperature: float = 0.0
+    temperature: float | None = 0.0
     top_k: int | None = None
     top_p: float | None = None
     seed: int | None = None
+    prompt_lookup: int | None = None
+    assistant: str | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """Return transformers' arguments for `generate`."""
+        """Return transformers' arguments for `generate`, but for the assistant."""
+        given: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
         if self.temperature == 0:
-            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
-        chosen = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        given = {key: value for key, value in chosen.items() if value is not None}
-        return {"max_new_tokens": self.max_new_tokens, "do_sample": True, **given}
+            given["do_sample"] = False
+        elif self.temperature is not None:
+            chosen = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+            given |= {"do_sample": True, **{k: v for k, v in chosen.items() if v is not None}}
+        if self.prompt_lookup is not None:
+            given["prompt_lookup_num_tokens"] = self.prompt_lookup
+        return given
+
+    @property
+    def speculates(self) -> bool:
+        """Whether several tokens may be checked in one round trip."""
+        return self.prompt_lookup is not None or self.assistant is not None
 
 
 @dataclass(frozen=True)
@@ -55,6 +84,10 @@ class Generated:
         seconds: In all.
         bytes_sent: To the Trunks.
         bytes_received: From the Trunks.
+        round_trips: Questions to each Trunk that is elsewhere.
+        parts: Where each part runs.
+        timings: Where the time went; `None` for a whole model.
+        speculated: Whether tokens were guessed, and checked together.
     """
 
     text: str
@@ -64,24 +97,52 @@ class Generated:
     seconds: float
     bytes_sent: int
     bytes_received: int
+    round_trips: int = 0
+    parts: tuple[PartPlace, ...] = ()
+    timings: Breakdown | None = None
+    speculated: bool = False
 
     @property
     def tokens_per_second(self) -> float:
         """New tokens by the seconds they took, prompt included."""
         return self.new_tokens / self.seconds if self.seconds else 0.0
 
+    @property
+    def tokens_per_round_trip(self) -> float | None:
+        """New tokens by round trips, the prompt's included; `None` where every part is here."""
+        return self.new_tokens / self.round_trips if self.round_trips else None
+
     def to_dict(self) -> dict[str, Any]:
         """Return all figures, for JSON."""
-        return asdict(self) | {"tokens_per_second": self.tokens_per_second}
+        return asdict(self) | {
+            "tokens_per_second": self.tokens_per_second,
+            "tokens_per_round_trip": self.tokens_per_round_trip,
+            "timings": None if self.timings is None else self.timings.to_dict(),
+        }
 
-    def summary(self) -> str:
-        """Return one line for people."""
-        return (
+    def speed(self) -> str:
+        """Return one line for people: speed and bytes."""
+        line = (
             f"{self.new_tokens} tokens in {self.seconds:.2f} s"
             f" ({self.tokens_per_second:.1f} tokens/s, the first after"
             f" {self.first_token_seconds:.2f} s);"
             f" sent {self.bytes_sent:,} bytes, received {self.bytes_received:,}"
         )
+        if self.speculated and self.tokens_per_round_trip is not None:
+            line += (
+                f"; {self.round_trips} round trips, {self.tokens_per_round_trip:.2f} tokens each"
+            )
+        return line
+
+    def summary(self, *, timings: bool = False) -> str:
+        """Return all of it for people, with the breakdown of the time where that is wanted."""
+        told = [self.speed()]
+        if self.parts:
+            told.append(describe_places(self.parts))
+        if timings:
+            whole = "the model is whole: there are no parts to time"
+            told.append(whole if self.timings is None else self.timings.describe())
+        return "\n".join(told)
 
 
 def generate_text(
@@ -91,52 +152,28 @@ def generate_text(
     options: GenerateOptions,
     *,
     echo: bool = True,
+    timings: bool = False,
 ) -> Generated:
     """Load a model, generate, and let it go again.
 
     Args:
-        settings: For the manager's limits and the number of threads.
+        settings: For the limits of memory, and the number of threads.
         config: A pipeline, or a whole model.
         prompt: The text to go on from.
         options: How to generate.
         echo: Print the text to standard output as it comes.
+        timings: Let servers say how long steps waited there, and ran.
 
     Raises:
         ValueError: The model can't generate text by itself, or has no tokenizer.
         RuntimeError, OSError: Loading failed, or a Trunk can't be reached or went away.
     """
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_generate(settings, config, prompt, options, echo=echo))
-
-
-async def _generate(
-    settings: DaemonConfig,
-    config: ModelConfig,
-    prompt: str,
-    options: GenerateOptions,
-    *,
-    echo: bool,
-) -> Generated:
-    limits = settings.manager
-    resources = ResourceManager(limits.max_memory_percent, memory_limit=limits.memory_limit)
-    async with AsyncModelManager(
-        resources, max_models=limits.max_models, num_threads=settings.server.threads
-    ) as manager:
-        await manager.load_model(config)
-        async with manager.use(config.model_id) as managed:
-            stop = threading.Event()
-            try:
-                return await managed.run(
-                    run_generation, managed.model, config, prompt, options, echo=echo, stop=stop
-                )
-            except Exception as error:  # noqa: BLE001 - its frames would keep the model in memory
-                raise without_frames(error) from None
-            finally:
-                stop.set()  # a thread can't be ended: interrupted, it would go on to the last token
+    with open_language_model(settings, config, timings=timings) as model:
+        return generate_with(model, prompt, options, write=_print if echo else None)
 
 
 def run_generation(
-    model: Any,
+    loaded: Any,
     config: ModelConfig,
     prompt: str,
     options: GenerateOptions,
@@ -144,69 +181,154 @@ def run_generation(
     echo: bool,
     stop: threading.Event | None = None,
 ) -> Generated:
+    """Generate with what a manager has loaded; as `generate_with`."""
+    model = LanguageModel(loaded, config)
+    return generate_with(model, prompt, options, write=_print if echo else None, stop=stop)
+
+
+def generate_with(
+    model: LanguageModel,
+    prompt: str,
+    options: GenerateOptions,
+    *,
+    write: Callable[[str], None] | None = None,
+    stop: threading.Event | None = None,
+) -> Generated:
     """Generate with a loaded model; blocks, until the text ends or `stop` is set.
 
+    Args:
+        model: What to generate with.
+        prompt: The text to go on from.
+        options: How to generate.
+        write: Called with pieces of the text as they come, the prompt first.
+        stop: Ends the text at the next token.
+
     Raises:
-        ValueError: The model can't generate text by itself, has no tokenizer, or makes no token of
-            the prompt.
+        ValueError: The tokenizer makes no token of the prompt.
+        RuntimeError, OSError: A Trunk can't be reached or went away.
     """
-    tokenizer = _tokenizer(model, config)
-    language_model = model.model
-    inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = model.tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("the prompt has no tokens to go on from")
-    streamer = _TimedStreamer(tokenizer, echo=echo)
+    made = continue_ids(
+        model, inputs["input_ids"], options, write=write, stop=stop, skip_prompt=False
+    )
+    text = model.tokenizer.decode(made.sequence, skip_special_tokens=True)
+    return made.told(model, text, inputs["input_ids"].shape[1], options)
+
+
+@dataclass(frozen=True)
+class Continued:
+    """Token ids that were continued, and what that took.
+
+    Attributes:
+        sequence: int64 [positions]: those that were given, then those that were made.
+        cache: What holds all of them but the last, or more.
+        first_token_seconds: Until the first new one was there.
+        seconds: In all.
+        traffic: Bytes sent to the Trunks, and received.
+        round_trips: Questions to each Trunk that is elsewhere.
+        timings: Where the time went; `None` for a whole model.
+    """
+
+    sequence: torch.Tensor
+    cache: Any
+    first_token_seconds: float
+    seconds: float
+    traffic: tuple[int, int]
+    round_trips: int
+    timings: Breakdown | None
+
+    def told(
+        self, model: LanguageModel, text: str, prompt_tokens: int, options: GenerateOptions
+    ) -> Generated:
+        """Return it as a text, with all figures."""
+        return Generated(
+            text=text,
+            prompt_tokens=prompt_tokens,
+            new_tokens=self.sequence.shape[0] - prompt_tokens,
+            first_token_seconds=self.first_token_seconds,
+            seconds=self.seconds,
+            bytes_sent=self.traffic[0],
+            bytes_received=self.traffic[1],
+            round_trips=self.round_trips,
+            parts=model.places,
+            timings=self.timings,
+            speculated=options.speculates,
+        )
+
+
+def continue_ids(
+    model: LanguageModel,
+    ids: torch.Tensor,
+    options: GenerateOptions,
+    *,
+    write: Callable[[str], None] | None = None,
+    stop: threading.Event | None = None,
+    skip_prompt: bool = True,
+    cache: Any = None,
+    stop_strings: list[str] | None = None,
+) -> Continued:
+    """Continue token ids.
+
+    Args:
+        model: What to generate with.
+        ids: int64 [1, positions].
+        options: How to generate.
+        write: Called with pieces of the text as they come.
+        stop: Ends the text at the next token.
+        skip_prompt: Leave the text of `ids` out of what is written.
+        cache: A cache that holds the first of `ids`, and is filled; a new one where there is none.
+        stop_strings: Texts that end it.
+    """
+    streamer = _TimedStreamer(model.tokenizer, write, skip_prompt=skip_prompt)
+    arguments = options.arguments() | _assistance(model, options)
+    if stop_strings:
+        arguments |= {"stop_strings": stop_strings, "tokenizer": model.tokenizer}
+    if stop is not None:
+        arguments["stopping_criteria"] = StoppingCriteriaList([_Stopped(stop)])
     if options.seed is not None:
         torch.manual_seed(options.seed)
-    trunks = getattr(model, "trunks", [])
-    before = _traffic(trunks)
-    start = time.monotonic()
-    with torch.inference_mode():
-        ids = language_model.generate(
-            **inputs,
+    before = model.traffic
+    chain = model.chain
+    with torch.inference_mode(), Stopwatch(chain) if chain else nullcontext() as watch:
+        start = time.monotonic()
+        output = model.generator.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
             streamer=streamer,
-            stopping_criteria=StoppingCriteriaList([_Stopped(stop)] if stop else []),
-            **options.arguments(),
+            return_dict_in_generate=True,
+            **arguments,
         )
-    end = time.monotonic()
-    after = _traffic(trunks)
-    prompt_tokens = inputs["input_ids"].shape[1]
-    return Generated(
-        text=tokenizer.decode(ids[0], skip_special_tokens=True),
-        prompt_tokens=prompt_tokens,
-        new_tokens=ids.shape[1] - prompt_tokens,
+        end = time.monotonic()
+    after = model.traffic
+    return Continued(
+        sequence=output.sequences[0],
+        cache=getattr(output, "past_key_values", None),
         first_token_seconds=(streamer.first_token_at or end) - start,
         seconds=end - start,
-        bytes_sent=after[0] - before[0],
-        bytes_received=after[1] - before[1],
+        traffic=(after[0] - before[0], after[1] - before[1]),
+        round_trips=0 if watch is None else watch.round_trips,
+        timings=None if watch is None else watch.breakdown(),
     )
 
 
-def _tokenizer(model: Any, config: ModelConfig) -> Any:
-    """Return the model's tokenizer, or say why there will be no text."""
-    if not isinstance(model, Pipeline) and getattr(model, "component", None) != "full":
-        raise ValueError(
-            f"{config.model_id} is only a part of a model ({getattr(model, 'component', '?')});"
-            " generating needs a pipeline or a whole model"
-        )
-    if isinstance(model, Pipeline):
-        tokenizer = model.tokenizer
-    else:
-        part = config.part
-        tokenizer = load_tokenizer(
-            config.model_path,
-            cache_dir=part.cache_dir,
-            revision=part.revision,
-            allow_uncertified=part.allow_uncertified,
-        )
-    if tokenizer is None:
-        raise ValueError(f"{config.model_path} has no tokenizer, so text can't be generated")
-    return tokenizer
+def _assistance(model: LanguageModel, options: GenerateOptions) -> dict[str, Any]:
+    """Return the arguments for a small model that guesses; loaded once for each model."""
+    if options.assistant is None:
+        return {}
+    assistant, tokenizer = model.assistant(options.assistant)
+    arguments = {"assistant_model": assistant}
+    if tokenizer.get_vocab() != model.tokenizer.get_vocab():  # it speaks in other tokens
+        arguments |= {"tokenizer": model.tokenizer, "assistant_tokenizer": tokenizer}
+    return arguments
 
 
-def _traffic(trunks: list[Any]) -> tuple[int, int]:
-    """Return bytes sent and received so far."""
-    return sum(t.bytes_sent for t in trunks), sum(t.bytes_received for t in trunks)
+def _print(text: str) -> None:
+    """Print a piece of text, now."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 class _Stopped(StoppingCriteria):
@@ -225,23 +347,24 @@ class _Stopped(StoppingCriteria):
 
 
 class _TimedStreamer(TextStreamer):
-    """Prints text as it comes (prompt first), and notes when the first new token was there."""
+    """Hands on text as it comes, and notes when the first new token was there."""
 
-    def __init__(self, tokenizer: Any, *, echo: bool) -> None:
-        super().__init__(tokenizer, skip_special_tokens=True)
-        self.echo = echo
+    def __init__(
+        self, tokenizer: Any, write: Callable[[str], None] | None, *, skip_prompt: bool
+    ) -> None:
+        super().__init__(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
         self.first_token_at: float | None = None
+        self._write = write
         self._calls = 0
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the prompt (first call) or the next token."""
+        """Take the prompt (first call) or the next token, or tokens."""
         self._calls += 1
-        if self._calls == 2:  # noqa: PLR2004 - the first call brings the prompt
+        if self._calls == _PROMPT_AND_FIRST:
             self.first_token_at = time.monotonic()
         super().put(value)  # type: ignore[no-untyped-call]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Print what is sure not to change any more."""
-        if self.echo:
-            sys.stdout.write(text + ("\n" if stream_end else ""))
-            sys.stdout.flush()
+        """Hand on what is sure not to change any more."""
+        if self._write is not None:
+            self._write(text + ("\n" if stream_end else ""))

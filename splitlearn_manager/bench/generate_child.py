@@ -25,8 +25,8 @@ from splitlearn_core.factory import load_component
 from splitlearn_core.quickstart import load_full_model, load_tokenizer
 from splitlearn_core.utils.threads import configure_pytorch_threads
 from splitlearn_manager.bench.delaying_proxy import DelayingProxy
+from splitlearn_manager.breakdown import Stopwatch
 from splitlearn_manager.client import RemoteTrunk
-from splitlearn_manager.timings import Timings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -101,13 +101,15 @@ def ways(
             for name in _turned(list(models), number):
                 times, tokens[name] = _generate(models[name], ids, new)
                 rounds_of[name].append(times)
-        with Timings(models["loopback"]) as timings:
-            _generate(models["loopback"], ids, new)
+        asked = stack.enter_context(RemoteTrunk(url, "trunk", timings=True))
+        told = SplitCausalLM(bottom, asked, top)
+        with Stopwatch(told) as watch:
+            _generate(told, ids, new)
     return {
         "rounds": rounds_of,
         "bytes": token_bytes,
         "same": all(found == tokens["unsplit"] for found in tokens.values()),
-        "breakdown": timings.breakdown().to_dict(),
+        "breakdown": watch.breakdown().to_dict(),
     }
 
 
@@ -171,7 +173,7 @@ def lookup(
             "lookup": {"prompt_lookup_num_tokens": candidates},
         }
         for name, options in settings.items():
-            with Timings(split) as timings:
+            with Stopwatch(split) as watch:
                 start = time.perf_counter()
                 lengths: Any = {"max_new_tokens": new, "min_new_tokens": new}
                 made.append(split.generate(ids, do_sample=False, **lengths, **options))
@@ -180,7 +182,7 @@ def lookup(
             figures[name] = {
                 "seconds": seconds,
                 "tokens": tokens,
-                "round_trips": timings.round_trips,
+                "round_trips": watch.round_trips,
             }
     return {**figures, "same": torch.equal(*made)}
 

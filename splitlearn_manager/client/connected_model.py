@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,6 @@ from splitlearn_manager.config.section import build
 from splitlearn_manager.load_bar import showing
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterable, Mapping, Sequence
 
     import torch
@@ -44,6 +44,7 @@ def connect(
     allow_empty: bool = False,
     allow_uncertified: bool = False,
     progress: bool | Progress | None = None,
+    timings: bool = False,
 ) -> SplitCausalLM:
     """Return a model with Bottom and Top here, and its Trunk on a server.
 
@@ -75,6 +76,8 @@ def connect(
         allow_uncertified: Let in an architecture that was not certified.
         progress: A bar on standard error: `True`, `False`, or, by default, where that is a
             terminal.  Or what is called with (bytes done, bytes in all), for Bottom, then for Top.
+        timings: Let the servers say of each step how long it waited there, and ran; see
+            `RemoteTrunk.timings`.
 
     Returns:
         The model; `close()`, or the end of the `with` block, ends its sessions and connections.
@@ -97,7 +100,9 @@ def connect(
         allow_uncertified=allow_uncertified,
     )
     with ExitStack() as undo:
-        trunks = reach_all(links, token, None if ca_file is None else str(ca_file))
+        trunks = reach_all(
+            links, token, None if ca_file is None else os.fspath(ca_file), timings=timings
+        )
         for reached in trunks:
             undo.callback(reached.close)
         plan = plan_around(found, trunks, points, allow_empty=allow_empty)

@@ -104,8 +104,15 @@ class Pipeline:
             trunk.close()
 
 
-def load_pipeline(config: ModelConfig, progress: Progress | None = None) -> Pipeline:
+def load_pipeline(
+    config: ModelConfig, progress: Progress | None = None, *, timings: bool = False
+) -> Pipeline:
     """Load Bottom and Top, and reach the Trunks.
+
+    Args:
+        config: What is where.
+        progress: Called with (bytes done, bytes in all), for Bottom, then for Top.
+        timings: Let the servers say of each step how long it waited there, and ran.
 
     Raises:
         RemoteUnavailable: (a `ConnectionError`) None of a Trunk's addresses answers.
@@ -120,7 +127,7 @@ def load_pipeline(config: ModelConfig, progress: Progress | None = None) -> Pipe
         allow_uncertified=options.allow_uncertified,
     )
     with ExitStack() as undo:
-        trunks = reach_all(options.links, token, options.ca_file)
+        trunks = reach_all(options.links, token, options.ca_file, timings=timings)
         for trunk in trunks:
             undo.callback(trunk.close)
         plan_around(found, trunks, options.split_points, allow_empty=options.allow_empty)

@@ -24,9 +24,19 @@ logger = logging.getLogger(__name__)
 
 
 def reach_all(
-    links: Iterable[TrunkLink], token: str | None, ca_file: str | None
+    links: Iterable[TrunkLink],
+    token: str | None,
+    ca_file: str | None,
+    *,
+    timings: bool = False,
 ) -> list[RemoteTrunk]:
     """Return the Trunks, in the order of their layers, each at the first address that has it.
+
+    Args:
+        links: Where they are.
+        token: Bearer token for the servers.
+        ca_file: PEM file with the certificates that `https` servers' must rest on.
+        timings: Let the servers say how long each step waited there, and ran.
 
     Raises:
         RemoteUnavailable: (a `ConnectionError`) None of a Trunk's addresses answers; says why, of
@@ -35,17 +45,21 @@ def reach_all(
     with ExitStack() as undo:
         trunks = []
         for link in links:
-            trunks.append(_reach(link, token, ca_file))
+            trunks.append(_reach(link, token, ca_file, timings=timings))
             undo.callback(trunks[-1].close)
         undo.pop_all()
     return trunks
 
 
-def _reach(link: TrunkLink, token: str | None, ca_file: str | None) -> RemoteTrunk:
+def _reach(
+    link: TrunkLink, token: str | None, ca_file: str | None, *, timings: bool
+) -> RemoteTrunk:
     """Return the Trunk at the first address that has it."""
     failures: list[RemoteError | RemoteUnavailable] = []
     for address in link.trunk:
-        trunk = RemoteTrunk(address, link.trunk_model_id, token=token, ca_file=ca_file)
+        trunk = RemoteTrunk(
+            address, link.trunk_model_id, token=token, ca_file=ca_file, timings=timings
+        )
         try:
             logger.info(
                 "%s at %s has the layers [%d, %d)",
@@ -83,7 +97,7 @@ def plan_around(
     for trunk in trunks:
         _check_model(model, trunk)
     if split_points is None:
-        _check_row(trunks)
+        check_row(trunks)
         points = (trunks[0].start_layer, *(trunk.end_layer for trunk in trunks))
         return SplitPlan.from_split_points(model.num_layers, points, allow_empty=True)
     plan = SplitPlan.from_split_points(model.num_layers, split_points, allow_empty=allow_empty)
@@ -147,8 +161,12 @@ def _described(model_type: str, layers: int, hidden_size: int) -> str:
     return f"{model_type} of {layers} layers with hidden size {hidden_size}"
 
 
-def _check_row(trunks: Sequence[RemoteTrunk]) -> None:
-    """Refuse Trunks of which one does not begin where the one before it ends."""
+def check_row(trunks: Sequence[RemoteTrunk]) -> None:
+    """Refuse Trunks of which one does not begin where the one before it ends.
+
+    Raises:
+        ValueError: Names them.
+    """
     for before, after in pairwise(trunks):
         if before.end_layer != after.start_layer:
             raise ValueError(

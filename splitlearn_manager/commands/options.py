@@ -20,6 +20,7 @@ from splitlearn_core.shape import read_shape
 
 AUTO = "auto"
 SPLIT_POINTS = "--split-points"
+SPLIT = "--split"
 _NUMBERS = re.compile(r"\d+(,\d+)*,?")
 
 
@@ -32,14 +33,15 @@ class SplitPointsCommand(TyperCommand):
 
 
 def spread(arguments: Iterable[str]) -> list[str]:
-    """Return `--split-points 8 --split-points 24` for `--split-points 8 24`."""
+    """Return `--split-points 8 --split-points 24` for `--split-points 8 24`; `--split` likewise."""
     result: list[str] = []
-    waiting = False
+    option: str | None = None
     for argument in arguments:
-        if waiting and _NUMBERS.fullmatch(argument):
-            result += [argument] if result[-1] == SPLIT_POINTS else [SPLIT_POINTS, argument]
+        if option and _NUMBERS.fullmatch(argument):
+            result += [argument] if result[-1] == option else [option, argument]
         else:
-            waiting = argument == SPLIT_POINTS or argument.startswith(f"{SPLIT_POINTS}=")
+            name = argument.partition("=")[0]
+            option = name if name in {SPLIT_POINTS, SPLIT} else None
             result.append(argument)
     return result
 
@@ -111,13 +113,27 @@ ModelName = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A folder, a name on the hub, or builtin:NAME."),
 ]
+OptionalModelName = Annotated[
+    str | None,
+    typer.Argument(metavar="[MODEL]", help="A folder, a name on the hub, or builtin:NAME."),
+]
 _POINTS = typer.Option(
-    SPLIT_POINTS, metavar="N N…", help="Layers where the cuts are: 8 24, or 8,24 (of 28 layers)."
+    SPLIT,
+    SPLIT_POINTS,
+    metavar="N N…",
+    help="Layers where the cuts are: 8 24, or 8,24 (of 28 layers).",
 )
 SplitPoints = Annotated[list[str], _POINTS]
 OptionalSplitPoints = Annotated[list[str] | None, _POINTS]
 DType = Annotated[
     str | None, typer.Option(help="Cast weights to this: float32, bfloat16, …; default: as stored.")
+]
+ServedDType = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="Compute in this: float32, bfloat16, …; default: as stored, or as the Trunk.",
+    ),
 ]
 ModelType = Annotated[str, typer.Option(help="The architecture; auto: what the config says.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]

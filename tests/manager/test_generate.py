@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -12,8 +11,7 @@ import torch
 
 from splitlearn_core import SplitModel
 from splitlearn_core.factory import load_component
-from splitlearn_manager import ModelConfig, generate
-from splitlearn_manager.config import DaemonConfig
+from splitlearn_manager import ModelConfig, language_model
 from splitlearn_manager.generate import GenerateOptions, run_generation
 
 DEMO = ModelConfig("demo", "builtin:demo", dtype="float32")
@@ -54,29 +52,7 @@ def test_a_prompt_without_tokens_is_named(
     def tokenizer(*_: Any, **__: Any) -> dict[str, torch.Tensor]:
         return {"input_ids": torch.empty(1, 0)}
 
-    monkeypatch.setattr(generate, "_tokenizer", lambda *_: tokenizer)
+    monkeypatch.setattr(language_model, "_tokenizer", lambda *_: tokenizer)
 
     with pytest.raises(ValueError, match="the prompt has no tokens"):
         run_generation(model, DEMO, "", OPTIONS, echo=False)
-
-
-@pytest.mark.anyio
-async def test_an_interrupt_ends_the_thread_that_generates(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    entered, ended = asyncio.Event(), threading.Event()
-    loop = asyncio.get_running_loop()
-
-    def wait(*_: Any, stop: threading.Event, **__: Any) -> None:
-        loop.call_soon_threadsafe(entered.set)
-        assert stop.wait(30)
-        ended.set()
-
-    monkeypatch.setattr(generate, "run_generation", wait)
-    task = asyncio.create_task(generate._generate(DaemonConfig(), DEMO, "x", OPTIONS, echo=False))
-    await entered.wait()
-    task.cancel()
-
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert ended.is_set()

@@ -10,6 +10,7 @@ from torch import nn
 
 if TYPE_CHECKING:
     from splitlearn_core import SplitCausalLM
+    from splitlearn_manager.client import Timings
 
 _MS = 1e3
 
@@ -27,7 +28,7 @@ class Breakdown:
         queue: Waiting at the servers for others' forwards to end.
         wire: What else went by until the servers' answers were here: the network, and both sides'
             handling of it.  Where a server does not say how long its forwards took, they are in
-            it as well, and `queue` and `trunk` are `None`.
+            it as well, and `queue` and `trunk` are `None`: `RemoteTrunk(…, timings=True)` asks.
         other: Everything else: choosing the next token, masks, text.
         round_trips: Questions to each server.
     """
@@ -67,12 +68,12 @@ class Breakdown:
         return "\n".join(lines)
 
 
-class Timings:
+class Stopwatch:
     """Times a model's parts for as long as a `with` block lasts.
 
-        with Timings(model) as timings:
+        with Stopwatch(model) as watch:
             model.generate(...)
-        print(timings.breakdown().describe())
+        print(watch.breakdown().describe())
 
     The prompt's step is in it, as are all steps of speculation.
 
@@ -85,13 +86,13 @@ class Timings:
         self._spent: dict[int, float] = {id(part): 0.0 for part in model.parts}
         self._calls: dict[int, int] = dict.fromkeys(self._spent, 0)
         self._remote = [part for part in model.parts if not isinstance(part, nn.Module)]
-        self._before: list[_Told | None] = []
-        self._after: list[_Told | None] = []
+        self._before: list[Timings] = []
+        self._after: list[Timings] = []
         self._start = self._end = 0.0
 
     def __enter__(self) -> Self:
         """Begin."""
-        self._before = [_told(part) for part in self._remote]
+        self._before = [part.timings for part in self._remote]
         self._model.observer = self._note
         self._start = time.perf_counter()
         return self
@@ -100,7 +101,7 @@ class Timings:
         """Leave off."""
         self._end = time.perf_counter()
         self._model.observer = None
-        self._after = [_told(part) for part in self._remote]
+        self._after = [part.timings for part in self._remote]
 
     def _note(self, part: Any, seconds: float) -> None:
         self._spent[id(part)] += seconds
@@ -141,26 +142,6 @@ class Timings:
     def _of_servers(self) -> tuple[float | None, float | None]:
         """Return the seconds of waiting and of forwards that the servers told of in the block."""
         pairs = list(zip(self._before, self._after, strict=True))
-        told = [(a, b) for a, b in pairs if a is not None and b is not None and b.steps > a.steps]
-        if len(told) < len(pairs) or not pairs:
-            return None, None
-        return (
-            sum(after.queue_seconds - before.queue_seconds for before, after in told),
-            sum(after.forward_seconds - before.forward_seconds for before, after in told),
-        )
-
-
-@dataclass(frozen=True)
-class _Told:
-    """What a server has told of its steps so far."""
-
-    steps: int
-    queue_seconds: float
-    forward_seconds: float
-
-
-def _told(part: Any) -> _Told | None:
-    """Return what a part that is elsewhere knows of its server's time; `None` if nothing."""
-    known = getattr(part, "timings", None)
-    values = {item.name: getattr(known, item.name, None) for item in fields(_Told)}
-    return None if None in values.values() else _Told(**values)  # type: ignore[arg-type]
+        queue = sum(after.queue_seconds - before.queue_seconds for before, after in pairs)
+        forwards = [after.forward_seconds - before.forward_seconds for before, after in pairs]
+        return (queue, sum(forwards)) if forwards and all(forwards) else (None, None)
