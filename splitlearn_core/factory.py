@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.builder import build_part, draw
+from splitlearn_core.checkpoint.minimind import MINIMIND
 from splitlearn_core.devices import check_device, resolve_devices
 from splitlearn_core.dtypes import as_dtype
 from splitlearn_core.estimate import MemoryEstimate, estimate_part
@@ -16,13 +17,14 @@ from splitlearn_core.families import KNOWN_TYPES, Family, family_of
 from splitlearn_core.loading.files import CheckpointFiles, find_files, local_config
 from splitlearn_core.loading.generation import generation_config_for
 from splitlearn_core.loading.materialize import Placement
+from splitlearn_core.loading.minimind_files import as_minimind
 from splitlearn_core.loading.opening import open_source
 from splitlearn_core.loading.packing import plan_packing
 from splitlearn_core.loading.stages import Progress
 from splitlearn_core.loading.whole import open_whole_model
 from splitlearn_core.plan import FULL, TRUNK, ComponentSpec, SplitPlan
 from splitlearn_core.quantization import check_quantization
-from splitlearn_core.skeleton import load_config
+from splitlearn_core.skeleton import load_config, make_config
 from splitlearn_core.uncertified import any_family
 from splitlearn_core.utils.memory import MemoryTracker
 from splitlearn_core.utils.storage import StorageManager
@@ -73,6 +75,7 @@ def find_model(
     token: str | bool | None = None,
     progress_bar: bool = False,
     allow_uncertified: bool = False,
+    minimind: Mapping[str, Any] | None = None,
 ) -> OpenModel:
     """Find a model and read its config; arguments as in `find_files` and `load_component`.
 
@@ -82,15 +85,19 @@ def find_model(
         ValueError: The config is of another `model_type` than was asked for.
     """
     find_family = any_family if allow_uncertified else family_of
-    if model_type != AUTO:
+    if model_type not in {AUTO, MINIMIND}:
         find_family(model_type)
-    files = find_files(
+    files: CheckpointFiles = find_files(
         model_name_or_path,
         cache_dir=cache_dir,
         revision=revision,
         token=token,
         progress_bar=progress_bar,
     )
+    if (theirs := as_minimind(files, model_type, minimind)) is not None:
+        config = make_config(theirs.model.config, theirs.description, find_family)
+        config.name_or_path = theirs.description
+        return OpenModel(theirs, config, find_family(config.model_type), allow_uncertified)
     config = load_config(local_config(files), find_family)
     if model_type not in {AUTO, config.model_type}:
         raise ValueError(
@@ -117,6 +124,7 @@ def load_component(
     verbose: bool = False,
     allow_uncertified: bool = False,
     quantization: str | None = None,
+    minimind: Mapping[str, Any] | None = None,
 ) -> SplitModel:
     """Load one part, from the open checkpoint, with that part's memory alone.
 
@@ -124,7 +132,7 @@ def load_component(
         model_name_or_path: Folder, `builtin:NAME`, hub name, or weights file.
         component: `bottom`, `trunk`, `trunk-0`, …, `top` or `full`.
         split_points: Layer numbers of the cuts; not needed for `full`.
-        model_type: Architecture; `auto` takes the config's.
+        model_type: Architecture; `auto` takes the config's; `minimind`, see `docs/checkpoints.md`.
         device: Where the weights go.
         dtype: Cast to this; `None` keeps what is stored.
         cache_dir: Where files from the hub are kept.
@@ -141,6 +149,8 @@ def load_component(
             it to be built.
         quantization: `prepacked`, `fp16` or `int8`: keep the linear layers packed for fast
             inference on a CPU, see `splitlearn_core.quantization`; `None` changes nothing.
+        minimind: Of a MiniMind file, what it does not tell: `num_attention_heads`, `rope_theta`,
+            `rms_norm_eps`, …; MiniMind's defaults hold otherwise.
 
     Raises:
         ModelSourceError: (a `FileNotFoundError`) There is no such model.
@@ -163,6 +173,7 @@ def load_component(
         token=token,
         progress_bar=verbose,
         allow_uncertified=allow_uncertified,
+        minimind=minimind,
     )
     spec = component_spec(model, component, split_points, allow_empty=allow_empty)
     settings = generation_config_for(spec, model.files)
@@ -197,6 +208,7 @@ def estimate_component(
     allow_uncertified: bool = False,
     quantization: str | None = None,
     warm_up_positions: int = 0,
+    minimind: Mapping[str, Any] | None = None,
 ) -> MemoryEstimate:
     """Return what `load_component` with the same arguments will need, from headers alone.
 
@@ -212,6 +224,7 @@ def estimate_component(
         revision=revision,
         token=token,
         allow_uncertified=allow_uncertified,
+        minimind=minimind,
     )
     spec = component_spec(model, component, split_points, allow_empty=allow_empty)
     with closing(open_source(model.files)) as source:
@@ -272,6 +285,7 @@ class ModelFactory:
         token: str | bool | None = None,
         allow_uncertified: bool = False,
         quantization: str | None = None,
+        minimind: Mapping[str, Any] | None = None,
     ) -> Parts:
         """Cut a model into Bottom, Trunk and Top.
 
@@ -299,6 +313,7 @@ class ModelFactory:
             allow_uncertified: Let in an architecture that was not certified.
             quantization: As in `load_component`, for every part; the parts then come from the open
                 checkpoint, whatever `low_memory` says.
+            minimind: As in `load_component`.
 
         Returns:
             (bottom, trunk, top) in evaluation mode; with more split points `trunk` is a list.
@@ -316,6 +331,7 @@ class ModelFactory:
             token=token,
             progress_bar=verbose,
             allow_uncertified=allow_uncertified,
+            minimind=minimind,
         )
         points = (split_point_1, split_point_2, *more_split_points)
         plan = SplitPlan.from_split_points(model.num_layers, points, allow_empty=allow_empty)

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 from splitlearn_core.devices import check_device
 from splitlearn_core.dtypes import as_dtype
 from splitlearn_core.errors import CheckpointError
-from splitlearn_core.factory import ModelFactory, find_model, load_component
-from splitlearn_core.loading.files import local_config
+from splitlearn_core.factory import AUTO, ModelFactory, find_model, load_component
 from splitlearn_core.loading.whole import load_whole_model
 from splitlearn_core.messages import in_one_line
 from splitlearn_core.plan import BOTTOM, TOP, check_split_points, layer_number
@@ -16,7 +15,7 @@ from splitlearn_core.regular_files import open_regular
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     import torch
     from transformers import PreTrainedModel
@@ -52,11 +51,12 @@ def load_split_model(
     token: str | bool | None = None,
     allow_uncertified: bool = False,
     quantization: str | None = None,
+    minimind: Mapping[str, Any] | None = None,
 ) -> Parts:
     """Cut a model at `split_points`; see `ModelFactory.create_split_models` for the rest.
 
     Args:
-        model_type: Architecture, or `auto`.
+        model_type: Architecture, `minimind`, or `auto`.
         split_points: `[a, b]` makes three parts; each further point makes one more Trunk, and
             `trunk` a list.
         model_name_or_path: The model; the hub's usual one of that architecture when left out.
@@ -75,6 +75,7 @@ def load_split_model(
         allow_uncertified: Let in an architecture that was not certified, as its own forward shows
             it to be built.
         quantization: `prepacked`, `fp16` or `int8`, see `load_component`; `None` changes nothing.
+        minimind: Of a MiniMind file, what it does not tell, see `load_component`.
     """
     first, second, *more = check_split_points(split_points)
     return ModelFactory.create_split_models(
@@ -96,6 +97,7 @@ def load_split_model(
         token=token,
         allow_uncertified=allow_uncertified,
         quantization=quantization,
+        minimind=minimind,
     )
 
 
@@ -108,6 +110,8 @@ def load_full_model(
     revision: str | None = None,
     token: str | bool | None = None,
     allow_uncertified: bool = False,
+    model_type: str = AUTO,
+    minimind: Mapping[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """Load the unsplit model and its tokenizer, for comparison.
 
@@ -122,6 +126,8 @@ def load_full_model(
         revision=revision,
         token=token,
         allow_uncertified=allow_uncertified,
+        model_type=model_type,
+        minimind=minimind,
     )
     model = load_whole_model(found.files, found.config, as_dtype(dtype), found.family)
     moved: PreTrainedModel = model.to(target)  # type: ignore[arg-type]
@@ -135,6 +141,8 @@ def load_tokenizer(
     revision: str | None = None,
     token: str | bool | None = None,
     allow_uncertified: bool = False,
+    model_type: str = AUTO,
+    minimind: Mapping[str, Any] | None = None,
 ) -> Any:
     """Load a model's tokenizer, or return `None` where it has none."""
     found = find_model(
@@ -143,6 +151,8 @@ def load_tokenizer(
         revision=revision,
         token=token,
         allow_uncertified=allow_uncertified,
+        model_type=model_type,
+        minimind=minimind,
     )
     return _tokenizer(found.files)
 
@@ -156,7 +166,7 @@ def _tokenizer(files: CheckpointFiles) -> Any:
         return None
     for name in found:
         open_regular(files.fetch(name)).close()  # no git-lfs pointer, above all
-    folder = local_config(files)
+    folder = files.fetch(found[0]).parent
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (AttributeError, LookupError, TypeError, ValueError, OSError) as error:
@@ -198,9 +208,9 @@ def _load_end(
 ) -> SplitModel:
     """Load one end: where the other cut would be makes no difference to it."""
     name = _name(model_type, model_name_or_path)
-    shared = ("cache_dir", "revision", "token", "allow_uncertified")
+    shared = ("cache_dir", "revision", "token", "allow_uncertified", "minimind")
     where = {key: options[key] for key in shared if key in options}
-    layers = find_model(name, **where).num_layers
+    layers = find_model(name, model_type=model_type, **where).num_layers
     cut = layer_number(cut)
     if not 0 < cut < layers:
         raise ValueError(f"layer {cut} is out of range: the model has {layers} layers")

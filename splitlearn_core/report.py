@@ -20,13 +20,13 @@ from splitlearn_core.errors import DoesNotFitError
 from splitlearn_core.estimate import estimate_part
 from splitlearn_core.factory import AUTO, find_model
 from splitlearn_core.kv_cache import kv_bytes_per_token
-from splitlearn_core.loading.files import local_config
+from splitlearn_core.loading.files import stored_config
 from splitlearn_core.loading.hub_source import HubSource
 from splitlearn_core.loading.materialize import Placement
 from splitlearn_core.loading.opening import open_source
 from splitlearn_core.machine import cuda_memory, host_memory
 from splitlearn_core.plan import FULL, SplitPlan
-from splitlearn_core.shape import read_shape
+from splitlearn_core.shape import shape_of
 from splitlearn_core.side_values import hidden_dtype, hidden_sizes, made_values, received_values
 
 if TYPE_CHECKING:
@@ -165,6 +165,7 @@ def report_plan(
     revision: str | None = None,
     token: str | bool | None = None,
     allow_uncertified: bool = False,
+    minimind: Mapping[str, Any] | None = None,
 ) -> PlanReport:
     """Work out what a split will cost; of weights only the headers are read.
 
@@ -182,6 +183,7 @@ def report_plan(
         revision: Branch, tag or commit on the hub.
         token: For the hub; `None` uses `HF_TOKEN` or the login.
         allow_uncertified: Let in an architecture that was not certified.
+        minimind: As in `load_component`.
 
     Raises:
         DoesNotFitError: (a `ValueError`) A part can't be loaded where it is to go; has the report.
@@ -194,6 +196,7 @@ def report_plan(
         revision=revision,
         token=token,
         allow_uncertified=allow_uncertified,
+        minimind=minimind,
     )
     plan = SplitPlan.from_split_points(model.num_layers, split_points, allow_empty=allow_empty)
     resolved = as_dtype(dtype)
@@ -244,8 +247,7 @@ class _Reporter:
         self._model = model
         self._source = source
         self._memory = memory
-        folder = local_config(model.files)
-        self.hidden_size = read_shape(folder, lambda _: model.family).hidden_size
+        self.hidden_size = shape_of(*stored_config(model.files), lambda _: model.family).hidden_size
 
     def part(self, spec: ComponentSpec, blueprint: Blueprint, placement: Placement) -> PartReport:
         """Report one part, or the whole model."""

@@ -5,25 +5,26 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from splitlearn_core.default_dtype import own_default_dtype
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.families import family_of
 from splitlearn_core.messages import in_one_line
 from splitlearn_core.packed_linear import weights_shown
-from splitlearn_core.shape import CONFIG_FILE, read_shape
+from splitlearn_core.shape import CONFIG_FILE, read_shape, shape_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from splitlearn_core.shape import FindFamily
+    from splitlearn_core.shape import FindFamily, ModelShape
 
 # transformers swaps functions of torch.nn.init for guarded ones while it builds or initialises a
 # model.  Two threads doing so at once can leave the swap behind, so this library does it one at a
@@ -61,17 +62,45 @@ def load_config(folder: Path, find_family: FindFamily = family_of) -> PreTrained
         CheckpointError: (a `ValueError`) The config is damaged or asks for code of its own.
         UnsupportedModelError: (a `KeyError`) The architecture is not known.
     """
-    shape = read_shape(folder, find_family)
     path = folder / CONFIG_FILE
+    return _config(
+        read_shape(folder, find_family),
+        lambda: AutoConfig.from_pretrained(path, local_files_only=True),
+        str(path),
+    )
+
+
+def make_config(
+    fields: dict[str, Any], where: str, find_family: FindFamily = family_of
+) -> PreTrainedConfig:
+    """Return the config that a `config.json` of these fields would be; otherwise `load_config`.
+
+    Args:
+        fields: With `model_type`.
+        where: Names their origin in errors.
+        find_family: Knows the architectures that are let in.
+    """
+    kinds: Any = CONFIG_MAPPING
+    return _config(
+        shape_of(fields, where, find_family),
+        lambda: kinds[fields["model_type"]].from_dict(fields),
+        where,
+    )
+
+
+def _config(
+    shape: ModelShape, make: Callable[[], PreTrainedConfig], where: str
+) -> PreTrainedConfig:
+    """Make a config, and compare it with the shape that was read without transformers."""
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = make()
         num_layers = config.get_text_config(decoder=True).num_hidden_layers
     except Exception as error:
         # each architecture checks its own fields, and raises what it likes
-        raise CheckpointError(f"{path} makes no sense: {in_one_line(error)}") from error
+        raise CheckpointError(f"{where} makes no sense: {in_one_line(error)}") from error
     if num_layers != shape.num_layers:
         raise CheckpointError(
-            f"{path} names {shape.num_layers} layers, and others from which transformers makes"
+            f"{where} names {shape.num_layers} layers, and others from which transformers makes"
             f" {num_layers}"
         )
     return config

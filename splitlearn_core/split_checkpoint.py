@@ -15,7 +15,7 @@ import tempfile
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,7 +24,7 @@ from splitlearn_core.dtypes import as_dtype, dtype_name, main_dtype
 from splitlearn_core.errors import SplitLearnError, StorageError
 from splitlearn_core.factory import AUTO, find_model
 from splitlearn_core.headers import SINGLE_FILE
-from splitlearn_core.loading.files import local_config
+from splitlearn_core.loading.files import stored_config
 from splitlearn_core.loading.opening import open_source
 from splitlearn_core.part_folder import (
     MANIFEST_FILE,
@@ -33,13 +33,13 @@ from splitlearn_core.part_folder import (
     write_manifest,
 )
 from splitlearn_core.plan import SplitPlan
-from splitlearn_core.shape import CONFIG_FILE, read_config
+from splitlearn_core.shape import CONFIG_FILE
 from splitlearn_core.tensor_writer import TensorSpec, write_tensors
 from splitlearn_core.user_paths import user_path
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from splitlearn_core.factory import OpenModel
     from splitlearn_core.loading.files import CheckpointFiles
@@ -131,6 +131,7 @@ def split_checkpoint(
     progress: Progress | None = None,
     token: str | bool | None = None,
     allow_uncertified: bool = False,
+    minimind: Mapping[str, Any] | None = None,
 ) -> list[WrittenPart]:
     """Write each part of a model as a folder: `OUT/bottom`, `OUT/trunk`, `OUT/top`.
 
@@ -152,6 +153,7 @@ def split_checkpoint(
             run and leaves nothing.
         token: For the hub; `None` uses `HF_TOKEN` or the login.
         allow_uncertified: Let in an architecture that was not certified.
+        minimind: As in `load_component`.
 
     Returns:
         The parts, from Bottom to Top.
@@ -169,6 +171,7 @@ def split_checkpoint(
         revision=revision,
         token=token,
         allow_uncertified=allow_uncertified,
+        minimind=minimind,
     )
     plan = SplitPlan.from_split_points(model.num_layers, split_points, allow_empty=allow_empty)
     target = user_path(out).resolve()
@@ -294,7 +297,7 @@ def _write_part(
 ) -> Manifest:
     """Write a part's folder, its manifest last."""
     folder.mkdir()
-    _write_config(local_config(model.files) / CONFIG_FILE, folder, outline.built_as)
+    _write_config(stored_config(model.files)[0], folder, outline.built_as)
     weights = write_tensors(folder / SINGLE_FILE, outline.tensors, read)
     if outline.spec.is_first or outline.spec.is_last:
         _copy_text_files(model.files, folder)
@@ -312,9 +315,8 @@ def _write_part(
     return manifest
 
 
-def _write_config(original: Path, folder: Path, dtype: torch.dtype) -> None:
+def _write_config(config: dict[str, Any], folder: Path, dtype: torch.dtype) -> None:
     """Copy the config, with the dtype that the part is built with."""
-    config = read_config(original)
     config.pop("torch_dtype", None)  # the older name of the same
     config["dtype"] = dtype_name(dtype)
     text = json.dumps(config, indent=2, ensure_ascii=False)

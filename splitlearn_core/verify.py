@@ -35,14 +35,14 @@ from splitlearn_core.devices import check_device
 from splitlearn_core.dtypes import as_dtype, dtype_name
 from splitlearn_core.estimate import estimate_part
 from splitlearn_core.factory import AUTO, find_model
-from splitlearn_core.loading.files import local_config
+from splitlearn_core.loading.files import stored_config
 from splitlearn_core.loading.materialize import Placement
 from splitlearn_core.loading.opening import open_source
 from splitlearn_core.loading.whole import load_whole_model
 from splitlearn_core.machine import cuda_memory, host_memory
 from splitlearn_core.part_folder import load_part, saved_parts
 from splitlearn_core.plan import FULL, SplitPlan
-from splitlearn_core.shape import read_shape
+from splitlearn_core.shape import shape_of
 from splitlearn_core.skeleton import build_skeleton
 from splitlearn_core.streamed import StreamedModel
 from splitlearn_core.subjects import Chain, PartByPart, Unsplit, parameters_to_differentiate
@@ -165,6 +165,7 @@ def verify(
     allow_empty: bool = False,
     token: str | bool | None = None,
     allow_uncertified: bool = False,
+    minimind: Mapping[str, Any] | None = None,
 ) -> VerifyReport:
     """Compare parts with the unsplit model.
 
@@ -188,6 +189,7 @@ def verify(
         allow_empty: Let Bottom or Top have no layers.
         token: For the hub; `None` uses `HF_TOKEN` or the login.
         allow_uncertified: Let in an architecture that was not certified.
+        minimind: As in `load_component`.
 
     Returns:
         The figures; that parts are different is no error here.
@@ -204,6 +206,7 @@ def verify(
         revision=revision,
         token=token,
         allow_uncertified=allow_uncertified,
+        minimind=minimind,
     )
     plan, saved = _plan(model, split_points, parts, allow_empty=allow_empty)
     trial = Trial.make(
@@ -412,7 +415,7 @@ def _plan(
 
 def _vocabulary(model: OpenModel) -> int:
     """Return the number of token ids."""
-    return read_shape(local_config(model.files), lambda _: model.family).vocab_size
+    return shape_of(*stored_config(model.files), lambda _: model.family).vocab_size
 
 
 def _choose(model: OpenModel, placement: Placement) -> tuple[bool, str]:

@@ -14,7 +14,7 @@ from splitlearn_manager.client.remote import RemoteTrunk
 from splitlearn_manager.commands.tables import layers, table
 from splitlearn_manager.config.model_config import PIPELINE
 from splitlearn_manager.config.units import format_bytes
-from splitlearn_manager.core.model_loader import ModelLoader
+from splitlearn_manager.core.model_loader import ModelLoader, named_type
 from splitlearn_manager.core.resources import ResourceManager
 from splitlearn_manager.load_bar import showing
 
@@ -212,6 +212,8 @@ def _tokenizer(loaded: Any, config: ModelConfig) -> Any:
             cache_dir=part.cache_dir,
             revision=part.revision,
             allow_uncertified=part.allow_uncertified,
+            model_type=named_type(config),
+            minimind=part.minimind,
         )
     else:
         raise ValueError(

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from splitlearn_core.checkpoint.minimind import may_be_minimind
 from splitlearn_core.errors import SplitLearnError
 from splitlearn_core.families import family_of
-from splitlearn_core.loading.files import FolderFiles, find_files, local_config
+from splitlearn_core.loading.files import FolderFiles, config_type_of, find_files, local_config
 from splitlearn_core.plan import SplitPlan
 from splitlearn_core.shape import read_shape
 from splitlearn_manager.config.model_config import AUTO, HUGGINGFACE, PIPELINE, PYTORCH
@@ -89,12 +90,20 @@ def _is_local(config: ModelConfig) -> bool:
     return isinstance(find_files(config.model_path), FolderFiles)
 
 
+def _is_minimind(config: ModelConfig, files: FolderFiles) -> bool:
+    """Whether the model is one of MiniMind's, as far as names tell."""
+    named = AUTO if config.model_type in _ANY_ARCHITECTURE else config.model_type
+    kind = config_type_of(files)
+    return may_be_minimind(files.weights_file, kind, named, config.options.minimind)
+
+
 def _check_shape(config: ModelConfig) -> None:
     """Check that the model is there, of the named type, and has the layers that are asked for."""
     _check_chat_template(config)
-    if not _is_local(config):
-        return
-    folder = local_config(find_files(config.model_path))
+    files = find_files(config.model_path)
+    if not isinstance(files, FolderFiles) or _is_minimind(config, files):
+        return  # what a MiniMind file is, its tensors tell
+    folder = local_config(files)
     shape = read_shape(folder, _find_family(config))
     if config.model_type not in {*_ANY_ARCHITECTURE, shape.model_type}:
         raise ConfigError(

@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from splitlearn_core.checkpoint.giving import TrainingState
     from splitlearn_core.checkpoint.load import load_weights
     from splitlearn_core.checkpoint.load_report import LoadReport
+    from splitlearn_core.checkpoint.minimind import MiniMindName
     from splitlearn_core.checkpoint.parameters import ParameterCounts, count_parameters
     from splitlearn_core.checkpoint.resume import Checkpointer, load_checkpoint, save_checkpoint
     from splitlearn_core.checkpoint.sampler import ResumableSampler
+    from splitlearn_core.checkpoint.training_file import TrainingFile, read_training_file
     from splitlearn_core.checkpoint.weights import SavedWeights, save_weights
     from splitlearn_core.checkpoint.world import Batches
 
@@ -22,13 +24,16 @@ __all__ = [
     "Batches",
     "Checkpointer",
     "LoadReport",
+    "MiniMindName",
     "ParameterCounts",
     "ResumableSampler",
     "SavedWeights",
+    "TrainingFile",
     "TrainingState",
     "count_parameters",
     "load_checkpoint",
     "load_weights",
+    "read_training_file",
     "save_checkpoint",
     "save_weights",
 ]
@@ -37,14 +42,17 @@ _HOMES = {
     "Batches": "world",
     "Checkpointer": "resume",
     "LoadReport": "load_report",
+    "MiniMindName": "minimind",
     "ParameterCounts": "parameters",
     "ResumableSampler": "sampler",
     "SavedWeights": "weights",
     "TrainingState": "giving",
+    "TrainingFile": "training_file",
     "count_parameters": "parameters",
     "load_checkpoint": "resume",
     "load_weights": "load",
     "save_checkpoint": "resume",
+    "read_training_file": "training_file",
     "save_weights": "weights",
 }
 

@@ -17,10 +17,9 @@ from splitlearn_core.atomic_files import replacing
 from splitlearn_core.checkpoint.model_folder import ModelFolder, write_folder
 from splitlearn_core.checkpoint.model_state import ModelState, state_of
 from splitlearn_core.checkpoint.ranks import Read, write_together
-from splitlearn_core.checkpoint.weights_file import SAFETENSORS_SUFFIX
 from splitlearn_core.dtypes import as_dtype, dtype_name, main_dtype
 from splitlearn_core.errors import CheckpointError, StorageError
-from splitlearn_core.loading.files import TORCH_SUFFIXES
+from splitlearn_core.loading.files import SAFETENSORS_SUFFIX, TORCH_SUFFIXES
 from splitlearn_core.messages import in_one_line
 from splitlearn_core.tensor_writer import TensorSpec, in_file_order, write_tensors
 from splitlearn_core.user_paths import user_path

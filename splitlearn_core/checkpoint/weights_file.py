@@ -5,17 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from splitlearn_core.errors import ModelSourceError
-from splitlearn_core.loading.files import TORCH_SUFFIXES, FolderFiles
+from splitlearn_core.loading.files import SAFETENSORS_SUFFIX, TORCH_SUFFIXES, FolderFiles
 from splitlearn_core.loading.opening import open_source
-from splitlearn_core.loading.sources import SafetensorsSource, TorchFileSource
 from splitlearn_core.user_paths import user_path
 
 if TYPE_CHECKING:
     import os
 
     from splitlearn_core.loading.sources import TensorSource
-
-SAFETENSORS_SUFFIX = ".safetensors"
 
 
 def open_weights(path: str | os.PathLike[str]) -> TensorSource:
@@ -34,10 +31,7 @@ def open_weights(path: str | os.PathLike[str]) -> TensorSource:
         return open_source(FolderFiles(place))
     if not place.exists():
         raise ModelSourceError(f"there are no weights at {place}: no such file or folder")
-    files = FolderFiles(place.parent, weights_file=place.name)
-    if place.suffix == SAFETENSORS_SUFFIX:
-        return SafetensorsSource.single(files, place.name)
-    if place.suffix in TORCH_SUFFIXES:
-        return TorchFileSource.single(files, place.name)
+    if place.suffix in (SAFETENSORS_SUFFIX, *TORCH_SUFFIXES):
+        return open_source(FolderFiles(place.parent, weights_file=place.name))
     known = ", ".join((SAFETENSORS_SUFFIX, *TORCH_SUFFIXES))
     raise ModelSourceError(f"{place}: a weights file ends in {known}")

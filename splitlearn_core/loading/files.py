@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from platformdirs import user_cache_path
 
 from splitlearn_core.errors import CheckpointError, ModelSourceError
 from splitlearn_core.messages import short
 from splitlearn_core.regular_files import refuse_unless_regular
-from splitlearn_core.shape import CONFIG_FILE
+from splitlearn_core.shape import CONFIG_FILE, read_config
 from splitlearn_core.user_paths import user_path
 
 BUILTIN_PREFIX = "builtin:"
 CACHE_VARIABLE = "SPLITLEARN_CACHE_DIR"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+SAFETENSORS_SUFFIX = ".safetensors"
 _MERGE = (
     "merge it into its model first (merge_and_unload of peft, then save_pretrained), and split what"
     " was saved"
@@ -54,10 +56,15 @@ class CheckpointFiles(Protocol):
 class FolderFiles:
     """The files in a folder.
 
+    Attributes:
+        made_config: What stands for `config.json`, where the files are of a kind that has none.
+
     A link must stay within the folder: what a checkpoint says lies beside it must not come from
     anywhere else.  In the hub client's cache, links lead to the folder `blobs` of the same model.
     A file that the user named may be a link to anywhere.
     """
+
+    made_config: dict[str, Any] | None = None
 
     def __init__(self, folder: Path, weights_file: str | None = None) -> None:
         self.folder = folder
@@ -122,8 +129,8 @@ def find_files(
     """Return the files of a model.
 
     Args:
-        model_name_or_path: A folder; a `.pt`, `.pth` or `.bin` file with `config.json` beside it;
-            `builtin:NAME`; or a name on the hub (`owner/model`).
+        model_name_or_path: A folder; a `.pt`, `.pth`, `.bin` or `.safetensors` file with
+            `config.json` beside it; `builtin:NAME`; or a name on the hub (`owner/model`).
         cache_dir: Where files of the hub are kept, see `cache_folder`.
         revision: Branch, tag or commit on the hub.
         token: For the hub; `None` uses `HF_TOKEN` or the login, `False` none at all.
@@ -165,6 +172,25 @@ def local_config(files: CheckpointFiles) -> Path:
     return path.parent
 
 
+def stored_config(files: CheckpointFiles) -> tuple[dict[str, Any], str]:
+    """Return what a model's `config.json` holds, and what names it in messages.
+
+    Raises:
+        ModelSourceError: (a `FileNotFoundError`) There is none.
+        CheckpointError: (a `ValueError`) It is no JSON object, or an adapter lies beside it.
+    """
+    if isinstance(files, FolderFiles) and files.made_config is not None:
+        return copy.deepcopy(files.made_config), files.description
+    path = local_config(files) / CONFIG_FILE
+    return read_config(path), str(path)
+
+
+def config_type_of(files: FolderFiles) -> object:
+    """Return the `model_type` of the `config.json` in a folder; `None` where there is none."""
+    path = files.find(CONFIG_FILE)
+    return None if path is None else read_config(path).get("model_type", "")
+
+
 def _is_adapter(files: CheckpointFiles) -> ModelSourceError:
     """Say that what lies there goes with a model, and is none."""
     return ModelSourceError(
@@ -191,10 +217,10 @@ def _builtin(name: str) -> Path:
 
 def _single_file(path: Path) -> FolderFiles:
     """Return the folder around a weights file that the user named."""
-    if path.suffix not in TORCH_SUFFIXES:
+    if path.suffix not in (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX):
         raise ModelSourceError(
             f"{path} is a file; name the model's folder, or a weights file that ends in"
-            f" {', '.join(TORCH_SUFFIXES)}"
+            f" {', '.join(TORCH_SUFFIXES)} or {SAFETENSORS_SUFFIX}"
         )
     return FolderFiles(path.parent, weights_file=path.name)
 

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 from transformers import GenerationConfig
 
 from splitlearn_core.errors import CheckpointError
+from splitlearn_core.loading.files import stored_config
 from splitlearn_core.messages import in_one_line
-from splitlearn_core.shape import CONFIG_FILE, read_config
+from splitlearn_core.shape import read_config
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from splitlearn_core.loading.files import CheckpointFiles
     from splitlearn_core.plan import ComponentSpec
 
@@ -39,16 +38,16 @@ def read_generation_config(files: CheckpointFiles) -> GenerationConfig:
     """
     path = files.find(GENERATION_CONFIG_FILE)
     if path is not None:
-        return _made(path, read_config(path))
-    path = files.fetch(CONFIG_FILE)
-    return _made(path, read_config(path), of_model=True)
+        return _made(str(path), read_config(path))
+    fields, where = stored_config(files)
+    return _made(where, fields, of_model=True)
 
 
-def _made(path: Path, fields: dict[str, Any], *, of_model: bool = False) -> GenerationConfig:
+def _made(where: str, fields: dict[str, Any], *, of_model: bool = False) -> GenerationConfig:
     make: Any = GenerationConfig.from_model_config if of_model else GenerationConfig.from_dict
     try:
         config: GenerationConfig = make(fields)
     except Exception as error:
         # it checks its fields, and raises what it likes
-        raise CheckpointError(f"{path} makes no sense: {in_one_line(error)}") from error
+        raise CheckpointError(f"{where} makes no sense: {in_one_line(error)}") from error
     return config

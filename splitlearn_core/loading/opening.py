@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from splitlearn_core.headers import INDEX_FILE, SINGLE_FILE
+from splitlearn_core.loading.files import SAFETENSORS_SUFFIX
 from splitlearn_core.loading.hub import HubFiles
 from splitlearn_core.loading.hub_source import open_hub_source
+from splitlearn_core.loading.minimind_files import MiniMindFiles
 from splitlearn_core.loading.sources import (
     BIN_FILE,
     BIN_INDEX_FILE,
@@ -26,6 +28,10 @@ def open_source(files: CheckpointFiles) -> TensorSource:
     Raises:
         ModelSourceError: (a `FileNotFoundError`) There are no weights.
     """
+    if isinstance(files, MiniMindFiles):
+        return files.open()
+    if files.weights_file is not None and files.weights_file.endswith(SAFETENSORS_SUFFIX):
+        return SafetensorsSource.single(files, files.weights_file)
     if files.weights_file is not None:
         return TorchFileSource.single(files, files.weights_file)
     if isinstance(files, HubFiles):

@@ -125,6 +125,7 @@ def load_pipeline(
         cache_dir=options.cache_dir,
         revision=options.revision,
         allow_uncertified=options.allow_uncertified,
+        minimind=options.minimind,
     )
     with ExitStack() as undo:
         trunks = reach_all(options.links, token, options.ca_file, timings=timings)
@@ -140,6 +141,7 @@ def load_pipeline(
             cache_dir=options.cache_dir,
             revision=options.revision,
             allow_uncertified=options.allow_uncertified,
+            minimind=options.minimind,
         )
         undo.pop_all()
     return Pipeline(model, tokenizer, trunks)
@@ -160,6 +162,7 @@ def estimate_pipeline(config: ModelConfig) -> MemoryEstimate:
             allow_empty=options.allow_empty,
             mmap=options.mmap,
             allow_uncertified=options.allow_uncertified,
+            minimind=options.minimind,
             quantization=options.quantization,
             warm_up_positions=warm_up_positions(config),
         )
@@ -183,5 +186,6 @@ def _load_end(config: ModelConfig, name: str, progress: Progress | None) -> Spli
         mmap=options.mmap,
         progress=progress,
         allow_uncertified=options.allow_uncertified,
+        minimind=options.minimind,
         quantization=options.quantization,
     )

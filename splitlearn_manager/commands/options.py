@@ -5,16 +5,24 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
+from splitlearn_core.checkpoint.minimind import MINIMIND, check_options, may_be_minimind
 from splitlearn_core.families import family_of
-from splitlearn_core.loading.files import BUILTIN_PREFIX, FolderFiles, find_files, local_config
+from splitlearn_core.loading.files import (
+    BUILTIN_PREFIX,
+    FolderFiles,
+    config_type_of,
+    find_files,
+    local_config,
+)
 from splitlearn_core.plan import SplitPlan, check_split_points
 from splitlearn_core.shape import read_shape
 
@@ -83,6 +91,7 @@ def check_model(
     model_type: str,
     allow_empty: bool,
     allow_uncertified: bool,
+    minimind: Mapping[str, Any] | None = None,
 ) -> None:
     """Check what `config.json` alone tells, before torch is imported.
 
@@ -95,13 +104,15 @@ def check_model(
     """
     if allow_uncertified:
         return
-    if model_type != AUTO:
+    if model_type not in {AUTO, MINIMIND}:
         family_of(model_type)
     if not (model.startswith(BUILTIN_PREFIX) or Path(model).expanduser().exists()):
         return  # on the hub, or nowhere: asking takes long, and needs more imports
     files = find_files(model)
     if not isinstance(files, FolderFiles):
         return
+    if may_be_minimind(files.weights_file, config_type_of(files), model_type, minimind):
+        return  # what such a file is, its tensors tell
     shape = read_shape(local_config(files))
     if model_type not in {AUTO, shape.model_type}:
         raise ValueError(f"{model} is a {shape.model_type} model, not {model_type}")
@@ -109,9 +120,33 @@ def check_model(
         SplitPlan.from_split_points(shape.num_layers, points, allow_empty=allow_empty)
 
 
+def parse_minimind(texts: Iterable[str] | None) -> dict[str, Any] | None:
+    """Return what `--minimind num_attention_heads=16` says; `None` where it is not given.
+
+    Raises:
+        ValueError: It is no NAME=VALUE, or no option that a MiniMind file has.
+    """
+    if texts is None:
+        return None
+    return check_options(dict(_assignment(text) for text in texts))
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """Return name and value of `NAME=VALUE`, the value as JSON has it, or as text."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--minimind takes NAME=VALUE, as in num_attention_heads=16; found {text}")
+    try:
+        return name.strip(), json.loads(value)
+    except ValueError:
+        return name.strip(), value
+
+
 ModelName = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="A folder, a name on the hub, or builtin:NAME."),
+    typer.Argument(
+        metavar="MODEL", help="A folder, a name on the hub, builtin:NAME, or a MiniMind file."
+    ),
 ]
 OptionalModelName = Annotated[
     str | None,
@@ -135,7 +170,17 @@ ServedDType = Annotated[
         help="Compute in this: float32, bfloat16, …; default: as stored, or as the Trunk.",
     ),
 ]
-ModelType = Annotated[str, typer.Option(help="The architecture; auto: what the config says.")]
+ModelType = Annotated[
+    str, typer.Option(help="The architecture, or minimind; auto: what the config says.")
+]
+MiniMind = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--minimind",
+        metavar="NAME=VALUE",
+        help="What a MiniMind file does not tell: num_attention_heads=16, rope_theta=1e4, …",
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 CacheDir = Annotated[Path | None, typer.Option(help="Where files from the hub are kept.")]
 AllowEmpty = Annotated[

@@ -16,12 +16,14 @@ from splitlearn_manager.commands.options import (
     AsJson,
     CacheDir,
     DType,
+    MiniMind,
     ModelName,
     ModelType,
     Revision,
     SplitPoints,
     check_dtype,
     check_model,
+    parse_minimind,
     parse_points,
 )
 from splitlearn_manager.commands.tables import layers, table
@@ -44,6 +46,7 @@ def plan(
         typer.Option(help="Memory of the machine that each part is for (24GiB); default: here."),
     ] = None,
     model_type: ModelType = AUTO,
+    minimind: MiniMind = None,
     revision: Revision = None,
     cache_dir: CacheDir = None,
     allow_empty: AllowEmpty = False,
@@ -58,10 +61,12 @@ def plan(
         points = parse_points(split_points)
         dtype = check_dtype(dtype)
         limit = None if memory is None else _memory(memory)
+        told = parse_minimind(minimind)
         check_model(
             model,
             points,
             model_type=model_type,
+            minimind=told,
             allow_empty=allow_empty,
             allow_uncertified=allow_uncertified,
         )
@@ -73,6 +78,7 @@ def plan(
                 model,
                 points,
                 model_type=model_type,
+                minimind=told,
                 dtype=dtype,
                 device=device,
                 device_map=device_map,

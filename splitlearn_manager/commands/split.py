@@ -18,12 +18,14 @@ from splitlearn_manager.commands.options import (
     AsJson,
     CacheDir,
     DType,
+    MiniMind,
     ModelName,
     ModelType,
     Revision,
     SplitPoints,
     check_dtype,
     check_model,
+    parse_minimind,
     parse_points,
 )
 from splitlearn_manager.commands.tables import layers, table
@@ -44,6 +46,7 @@ def split(
         bool, typer.Option("--force", help="Take the place of parts that lie in the folder.")
     ] = False,
     model_type: ModelType = AUTO,
+    minimind: MiniMind = None,
     revision: Revision = None,
     cache_dir: CacheDir = None,
     allow_empty: AllowEmpty = False,
@@ -58,10 +61,12 @@ def split(
     with told_in_one_line():
         points = parse_points(split_points)
         dtype = check_dtype(dtype)
+        told = parse_minimind(minimind)
         check_model(
             model,
             points,
             model_type=model_type,
+            minimind=told,
             allow_empty=allow_empty,
             allow_uncertified=allow_uncertified,
         )
@@ -74,6 +79,7 @@ def split(
                 points,
                 out,
                 model_type=model_type,
+                minimind=told,
                 dtype=dtype,
                 cache_dir=cache_dir,
                 revision=revision,

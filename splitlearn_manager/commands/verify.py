@@ -17,12 +17,14 @@ from splitlearn_manager.commands.options import (
     AsJson,
     CacheDir,
     DType,
+    MiniMind,
     ModelName,
     ModelType,
     OptionalSplitPoints,
     Revision,
     check_dtype,
     check_model,
+    parse_minimind,
     parse_points,
 )
 from splitlearn_manager.commands.tables import table
@@ -51,6 +53,7 @@ def verify(
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the random input.")] = 0,
     model_type: ModelType = AUTO,
+    minimind: MiniMind = None,
     revision: Revision = None,
     cache_dir: CacheDir = None,
     allow_empty: AllowEmpty = False,
@@ -65,10 +68,12 @@ def verify(
     with told_in_one_line():
         points = parse_points(split_points or ()) if split_points or parts is None else None
         dtype = check_dtype(dtype)
+        told = parse_minimind(minimind)
         check_model(
             model,
             points,
             model_type=model_type,
+            minimind=told,
             allow_empty=allow_empty,
             allow_uncertified=allow_uncertified,
         )
@@ -81,6 +86,7 @@ def verify(
             points,
             dtype=dtype,
             model_type=model_type,
+            minimind=told,
             device=device,
             parts=parts,
             layerwise=layerwise,

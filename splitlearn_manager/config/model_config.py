@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field
 
+from splitlearn_core.checkpoint.minimind import MINIMIND
 from splitlearn_core.families import KNOWN_TYPES
 from splitlearn_core.plan import FULL, TRUNK
 from splitlearn_core.quantization import check_quantization, dtype_refusal
@@ -33,8 +34,8 @@ AUTO = "auto"
 PYTORCH = "pytorch"
 HUGGINGFACE = "huggingface"
 PIPELINE = "pipeline"
-MODEL_TYPES = (AUTO, PYTORCH, HUGGINGFACE, PIPELINE, *KNOWN_TYPES)
-"""What `model_type` may be: four ways to find out, and the architectures by name."""
+MODEL_TYPES = (AUTO, PYTORCH, HUGGINGFACE, PIPELINE, MINIMIND, *KNOWN_TYPES)
+"""What `model_type` may be: four ways to find out, `minimind`, and the architectures by name."""
 
 _NOT_OF_THE_LOAD = ("ttl", "pinned", "preload", "reload")
 """What may change without loading a model again."""
@@ -59,7 +60,8 @@ class ModelConfig:
             is relative to the working directory of the process, not to the file that names it.
         model_type: `auto` (as the checkpoint says), an architecture (`gpt2`, `llama`, …),
             `huggingface` (the whole model, if no component is named), `pytorch` (a `.pt`, `.pth`
-            or `.bin` state dict with its `config.json` beside it), or `pipeline`.
+            or `.bin` state dict with its `config.json` beside it), `minimind` (a file or folder of
+            MiniMind's), or `pipeline`.
         device: `cpu`, `cuda`, `cuda:0`, … or `mps`.
         dtype: Name of the weights' dtype, or a `torch.dtype`; `None` keeps what is stored.
         warmup: Run one forward before the model counts as ready.

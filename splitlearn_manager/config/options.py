@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator
 
+from splitlearn_core.checkpoint.minimind import check_options
 from splitlearn_core.plan import BOTTOM, FULL, TOP, TRUNK
 from splitlearn_manager.config.fields import ModelId, PathText, SplitPoints, Text
 from splitlearn_manager.config.secrets import check_token_source
@@ -82,6 +84,13 @@ class TrunkLink:
 Chain = Annotated[tuple[TrunkLink, ...], BeforeValidator(_links)]
 
 
+def _minimind(value: Any) -> Any:
+    """Check the options of a MiniMind file by themselves; the file is not looked at yet."""
+    return check_options(value) if isinstance(value, Mapping) else value
+
+
+MiniMindOptions = Annotated[dict[str, Any], BeforeValidator(_minimind)]
+
 Quantization = Literal["prepacked", "fp16", "int8"]
 """See `splitlearn_core.quantization`."""
 
@@ -110,6 +119,8 @@ class PartOptions:
         chat_template: File with the Jinja template that `/v1/chat/completions` writes messages
             with, for a whole model whose tokenizer has none, or another one.  A relative path is
             relative to the working directory of the process.
+        minimind: Of a MiniMind file, what it does not tell (`num_attention_heads`, `rope_theta`,
+            `rms_norm_eps`, …); says that the file is one, if `model_type` does not.
     """
 
     component: str = FULL
@@ -123,6 +134,7 @@ class PartOptions:
     verbose: bool = False
     quantization: Quantization | None = None
     chat_template: PathText | None = None
+    minimind: MiniMindOptions | None = None
 
     def __post_init__(self) -> None:
         """Check the component against the cuts."""
@@ -162,6 +174,7 @@ class PipelineOptions:
         verbose: As for a part.
         quantization: Of Bottom and Top, as for a part.
         chat_template: As for a whole model.
+        minimind: As for a part.
     """
 
     split_points: SplitPoints
@@ -180,6 +193,7 @@ class PipelineOptions:
     verbose: bool = False
     quantization: Quantization | None = None
     chat_template: PathText | None = None
+    minimind: MiniMindOptions | None = None
 
     def __post_init__(self) -> None:
         """Check that the Trunks fit the cuts."""

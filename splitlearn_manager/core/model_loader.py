@@ -105,12 +105,11 @@ def _load(config: ModelConfig, progress: LoadProgress | None) -> Any:
 def _arguments(config: ModelConfig) -> dict[str, Any]:
     """Return the arguments of `load_component` and `estimate_component`."""
     part = config.part
-    named = config.model_type not in {AUTO, HUGGINGFACE, PYTORCH}
     return {
         "model_name_or_path": config.model_path,
         "component": part.component,
         "split_points": part.split_points,
-        "model_type": config.model_type if named else AUTO,
+        "model_type": named_type(config),
         "device": config.device,
         "dtype": config.dtype,
         "cache_dir": part.cache_dir,
@@ -119,7 +118,14 @@ def _arguments(config: ModelConfig) -> dict[str, Any]:
         "mmap": part.mmap,
         "allow_uncertified": part.allow_uncertified,
         "quantization": part.quantization,
+        "minimind": part.minimind,
     }
+
+
+def named_type(config: ModelConfig) -> str:
+    """Return the architecture that a configuration names, for `find_model`; `auto` if none."""
+    ways = {AUTO, HUGGINGFACE, PYTORCH, PIPELINE}
+    return AUTO if config.model_type in ways else config.model_type
 
 
 def warm_up_positions(config: ModelConfig) -> int:
