@@ -196,6 +196,7 @@ def _generation_config(model: Any) -> Any:
 def _load_tokenizer(config: ModelConfig) -> Any:
     """Return the tokenizer of a whole model."""
     from splitlearn_core.quickstart import load_tokenizer  # noqa: PLC0415 - imports torch
+    from splitlearn_manager.core.model_loader import named_type  # noqa: PLC0415 - so does this
 
     options = config.options
     return load_tokenizer(
@@ -203,4 +204,6 @@ def _load_tokenizer(config: ModelConfig) -> Any:
         cache_dir=options.cache_dir,
         revision=options.revision,
         allow_uncertified=options.allow_uncertified,
+        model_type=named_type(config),
+        minimind=options.minimind,
     )
