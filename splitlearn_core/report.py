@@ -17,7 +17,7 @@ from splitlearn_core.builder import draw_each
 from splitlearn_core.devices import check_device, resolve_devices
 from splitlearn_core.dtypes import as_dtype, dtype_name, main_dtype
 from splitlearn_core.errors import DoesNotFitError
-from splitlearn_core.estimate import estimate_part
+from splitlearn_core.estimate import MemoryEstimate, estimate_part
 from splitlearn_core.factory import AUTO, find_model
 from splitlearn_core.kv_cache import kv_bytes_per_token
 from splitlearn_core.loading.files import stored_config
@@ -104,6 +104,36 @@ class CutReport:
 
 
 @dataclass(frozen=True)
+class HomeReport:
+    """What the machine costs that has Bottom and Top, and whose Trunks are elsewhere.
+
+    Attributes:
+        parts: What is there.
+        disk_bytes: What these parts need of the checkpoint; what several use counts once.
+        download_bytes: What of that is not on this machine yet.
+        peak_bytes: Memory at the worst moment of loading them, one after the other, mapped pages
+            counted fully.
+        steady_bytes: Memory once they are loaded.
+        kv_bytes_per_token: Growth of their KV caches by each token of each sequence; `None` where
+            that is not known.
+        sent_bytes_per_token: What goes to the Trunks for each token, without the frames around it;
+            `None` where it has no limit.
+        received_bytes_per_token: What comes back from them.
+        fits: Whether the peak is no more than what is available on this machine now.
+    """
+
+    parts: tuple[str, ...]
+    disk_bytes: int
+    download_bytes: int
+    peak_bytes: int
+    steady_bytes: int
+    kv_bytes_per_token: int | None
+    sent_bytes_per_token: int | None
+    received_bytes_per_token: int | None
+    fits: bool
+
+
+@dataclass(frozen=True)
 class PlanReport:
     """What a split will cost.
 
@@ -117,6 +147,7 @@ class PlanReport:
         parts: From Bottom to Top.
         cuts: From the first to the last.
         whole: The model unsplit, on the CPU.
+        home: What a machine with Bottom and Top alone holds, fetches and sends.
         host_bytes: Memory of this machine, or of its container.
         available_bytes: What of that is not in use now.
     """
@@ -130,6 +161,7 @@ class PlanReport:
     parts: tuple[PartReport, ...]
     cuts: tuple[CutReport, ...]
     whole: PartReport
+    home: HomeReport
     host_bytes: int
     available_bytes: int
 
@@ -139,15 +171,35 @@ class PlanReport:
         return all(part.fits for part in self.parts)
 
     @property
+    def whole_fits_now(self) -> bool:
+        """Whether the whole model fits into what is available on this machine now."""
+        return self.whole.peak_bytes <= self.available_bytes
+
+    @property
     def advice(self) -> str:
-        """What the figures of the whole model mean for this machine."""
-        if not self.whole.fits:
-            return "the whole model does not fit here"
-        return "the whole model fits here: on this machine alone, splitting it only makes it slower"
+        """What the figures mean for this machine."""
+        if self.whole_fits_now:
+            return "the whole model fits here: on this machine, splitting it only makes it slower"
+        if self.whole.fits:
+            missing = self.whole.peak_bytes - self.available_bytes
+            told = (
+                f"the whole model does not fit into what is free now, {missing:,} bytes more would"
+                " do"
+            )
+        else:
+            told = "the whole model does not fit here"
+        if self.home.fits:
+            return f"{told}; Bottom and Top do, with the Trunk elsewhere"
+        return f"{told}, and neither do Bottom and Top: cut nearer to the ends"
 
     def to_dict(self) -> dict[str, Any]:
         """Return all figures, for JSON: in bytes, with names that stay."""
-        return {**asdict(self), "fits": self.fits, "advice": self.advice}
+        return {
+            **asdict(self),
+            "fits": self.fits,
+            "whole_fits_now": self.whole_fits_now,
+            "advice": self.advice,
+        }
 
 
 def report_plan(
@@ -223,6 +275,7 @@ def _report(
             for spec, blueprint in zip(specs, drawn, strict=True)
         ]
         cuts = tuple(_cuts(model, plan, parts, reporter.dtype))
+        home = reporter.home(parts)
     return PlanReport(
         model=model.description,
         model_type=model.config.model_type,
@@ -233,6 +286,7 @@ def _report(
         parts=tuple(parts),
         cuts=cuts,
         whole=whole,
+        home=home,
         host_bytes=reporter.host.total,
         available_bytes=reporter.host.available,
     )
@@ -247,11 +301,12 @@ class _Reporter:
         self._model = model
         self._source = source
         self._memory = memory
+        self._stored: dict[str, Mapping[str, StoredTensor]] = {}
         self.hidden_size = shape_of(*stored_config(model.files), lambda _: model.family).hidden_size
 
     def part(self, spec: ComponentSpec, blueprint: Blueprint, placement: Placement) -> PartReport:
         """Report one part, or the whole model."""
-        stored = blueprint.reads.stored
+        stored = self._stored[spec.name] = blueprint.reads.stored
         estimate = estimate_part(blueprint, placement)
         self.dtype = _final_dtype(stored.values())
         itemsize = self.dtype.itemsize
@@ -275,6 +330,25 @@ class _Reporter:
             wire_out_bytes_per_token=0 if spec.is_last else _add(hidden, returned),
             memory_bytes=memory,
             fits=estimate.peak_bytes <= memory,
+        )
+
+    def home(self, parts: Sequence[PartReport]) -> HomeReport:
+        """Report what Bottom and Top cost together; `part` has been asked of all of them."""
+        ends = (parts[0], parts[-1])
+        stored = {name: t for end in ends for name, t in self._stored[end.component].items()}
+        loads = [MemoryEstimate(end.peak_bytes, end.steady_bytes) for end in ends]
+        both = loads[0] + loads[1]
+        trunks = parts[1:-1]
+        return HomeReport(
+            parts=tuple(end.component for end in ends),
+            disk_bytes=sum(tensor.nbytes for tensor in stored.values()),
+            download_bytes=self._missing(stored),
+            peak_bytes=both.peak_bytes,
+            steady_bytes=both.steady_bytes,
+            kv_bytes_per_token=_sum(end.kv_bytes_per_token for end in ends),
+            sent_bytes_per_token=_sum(trunk.wire_in_bytes_per_token for trunk in trunks),
+            received_bytes_per_token=_sum(trunk.wire_out_bytes_per_token for trunk in trunks),
+            fits=both.peak_bytes <= self.host.available,
         )
 
     def _missing(self, stored: Iterable[str]) -> int:
@@ -338,10 +412,15 @@ def _hidden_bytes(model: OpenModel, dtype: torch.dtype) -> int:
     return elements * hidden_dtype(model.family, model.config, dtype).itemsize
 
 
+def _sum(figures: Iterable[int | None]) -> int | None:
+    """Add up; `None` where one is not known."""
+    found = list(figures)
+    return None if None in found else sum(figure for figure in found if figure is not None)
+
+
 def _add(hidden: int, beside: Iterable[CrossingValue]) -> int | None:
     """Add up bytes for each token; `None` where one has no limit."""
-    found = [value.bytes_per_token for value in beside]
-    return None if None in found else hidden + sum(n for n in found if n is not None)
+    return _sum([hidden, *(value.bytes_per_token for value in beside)])
 
 
 def _misfits(report: PlanReport) -> str:

@@ -122,10 +122,32 @@ def describe(report: PlanReport) -> str:
             *map(_crossing, report.cuts),
             *(_warning(cut, *told) for cut in report.cuts for told in cut.reveals.items()),
             "",
+            *_home(report),
+            "",
             f"this machine has {format_bytes(report.host_bytes)} of memory, {free} of it free now",
             report.advice,
         ]
     )
+
+
+def _home(report: PlanReport) -> list[str]:
+    """Return what a machine with Bottom and Top alone holds, fetches and sends."""
+    home = report.home
+    fetched = format_bytes(home.download_bytes) if home.download_bytes else "nothing"
+    held, peak = format_bytes(home.steady_bytes), format_bytes(home.peak_bytes)
+    cache = _known(home.kv_bytes_per_token)
+    return [
+        "with Bottom and Top at home, and the Trunk elsewhere, this machine",
+        f"  holds     {held}, {peak} while it loads, and {cache} of KV cache for each token",
+        f"  fetches   {fetched}",
+        f"  sends     {_known(home.sent_bytes_per_token)} for each token",
+        f"  receives  {_known(home.received_bytes_per_token)} for each token",
+    ]
+
+
+def _known(size: int | None) -> str:
+    """Return a size, where it is known."""
+    return "an unknown number of bytes" if size is None else format_bytes(size)
 
 
 _HEADING = (
@@ -150,13 +172,8 @@ def _row(part: PartReport) -> tuple[str, ...]:
 
 def _crossing(cut: CutReport) -> str:
     """Return what goes over the wire at a cut."""
-    return f"{cut.before} -> {cut.after}: {', '.join(cut.crosses)}, {_size(cut)} for each token"
-
-
-def _size(cut: CutReport) -> str:
-    """Return how much goes over the wire."""
-    size = cut.bytes_per_token
-    return "an unknown number of bytes" if size is None else format_bytes(size)
+    size = _known(cut.bytes_per_token)
+    return f"{cut.before} -> {cut.after}: {', '.join(cut.crosses)}, {size} for each token"
 
 
 def _warning(cut: CutReport, name: str, reveals: str) -> str:

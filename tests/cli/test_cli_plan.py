@@ -30,6 +30,11 @@ def test_a_table_for_people(
     assert max(map(len, lines[1:])) <= 100
     assert "bottom -> trunk: hidden_states, 128 bytes for each token" in lines
     assert "splitting it only makes it slower" in lines[-1]
+    at_home = lines.index("with Bottom and Top at home, and the Trunk elsewhere, this machine")
+    assert [line.split()[0] for line in lines[at_home + 1 : at_home + 5]] == [
+        *("holds", "fetches", "sends", "receives")
+    ]
+    assert "sends     128 bytes for each token" in lines[at_home + 3]
 
 
 def test_json_for_programs(
@@ -42,7 +47,9 @@ def test_json_for_programs(
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     expected = json.loads(json.dumps(report_plan(path, [2, 4], dtype="bfloat16").to_dict()))
-    assert found | {"available_bytes": 0} == expected | {"available_bytes": 0}
+    now = {"available_bytes": 0}
+    assert found | now == expected | now
+    assert found["home"]["sent_bytes_per_token"] == 64
 
 
 def test_what_can_not_fit_is_refused_with_the_figures(

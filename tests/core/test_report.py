@@ -186,19 +186,58 @@ def test_a_part_that_does_not_fit(make_checkpoint: Callable[..., Any]) -> None:
     assert caught.value.report.whole.fits, "the whole is planned on this machine"
 
 
-@pytest.mark.parametrize("short", [0, 1])
-def test_whether_the_whole_model_fits(
-    short: int, make_checkpoint: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("short", "free", "told"),
+    [
+        (0, 0, "the whole model fits here: on this machine, splitting it only makes it slower"),
+        (0, -1, "does not fit into what is free now, 1 bytes more would do; Bottom and Top do"),
+        (1, -1, "the whole model does not fit here; Bottom and Top do, with the Trunk elsewhere"),
+        (1, None, "does not fit here, and neither do Bottom and Top: cut nearer to the ends"),
+    ],
+)
+def test_what_fits_here(
+    short: int,
+    free: int | None,
+    told: str,
+    make_checkpoint: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = make_checkpoint("llama").path
     needed = estimate_component(path, "full").peak_bytes
-    monkeypatch.setattr(report, "host_memory", lambda: Memory(needed - short, 5))
+    available = 5 if free is None else needed + free
+    monkeypatch.setattr(report, "host_memory", lambda: Memory(needed - short, available))
 
     plan = report_plan(path, [2, 4])
 
     assert plan.whole.fits == (not short)
-    wanted = "does not fit here" if short else "splitting it only makes it slower"
-    assert wanted in plan.advice
+    assert plan.whole_fits_now == (free == 0)
+    assert told in plan.advice
+
+
+def test_what_a_machine_with_bottom_and_top_costs(
+    make_checkpoint: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tied embeddings are held twice, and fetched once."""
+    path = make_checkpoint("llama-tied").path
+    bottom, top = (load_component(path, name, [2, 4, 5]) for name in ("bottom", "top"))
+    with served(path, tmp_path, monkeypatch):
+        home = report_plan("someone/model", [2, 4, 5]).home
+        for name in home.parts:
+            load_component("someone/model", name, [2, 4, 5])
+        later = report_plan("someone/model", [2, 4, 5]).home
+
+    embeddings = bottom.get_parameter("model.model.embed_tokens.weight").nbytes
+    assert home.parts == ("bottom", "top")
+    assert home.steady_bytes == bottom.nbytes + top.nbytes
+    assert home.steady_bytes <= home.peak_bytes
+    assert home.disk_bytes == home.download_bytes < home.steady_bytes
+    assert (
+        home.download_bytes + embeddings >= home.steady_bytes - 1024
+    )  # rotary tables are computed
+    assert later.download_bytes == 0
+    assert home.kv_bytes_per_token == sum(part.kv_bytes_per_position or 0 for part in (bottom, top))
+    assert home.sent_bytes_per_token == home.received_bytes_per_token == 2 * 32 * 4
+    assert home.fits
 
 
 def test_a_hub_model_costs_headers_to_plan(
@@ -254,7 +293,8 @@ def test_json_has_names_that_stay(make_checkpoint: Callable[..., Any]) -> None:
 
     assert set(figures) == {
         *("model", "model_type", "num_layers", "hidden_size", "dtype", "split_points", "parts"),
-        *("cuts", "whole", "host_bytes", "available_bytes", "fits", "advice"),
+        *("cuts", "whole", "home", "host_bytes", "available_bytes", "fits", "whole_fits_now"),
+        "advice",
     }
     assert set(figures["parts"][0]) == set(PartReport.__dataclass_fields__) == set(figures["whole"])
     assert set(figures["parts"][0]) == {
