@@ -15,30 +15,36 @@ if TYPE_CHECKING:
         RemoteSessionClosed,
         RemoteUnavailable,
     )
+    from splitlearn_manager.client.healing import Healed
     from splitlearn_manager.client.remote import RemoteTrunk
     from splitlearn_manager.client.remote_cache import RemoteCache, RemoteStep
     from splitlearn_manager.client.timings import Timings
+    from splitlearn_manager.config.retry import RetryPolicy
 
 __all__ = [
+    "Healed",
     "RemoteCache",
     "RemoteError",
     "RemoteSessionClosed",
     "RemoteStep",
     "RemoteTrunk",
     "RemoteUnavailable",
+    "RetryPolicy",
     "Timings",
     "connect",
 ]
 
 _HOMES = {
-    "RemoteCache": "remote_cache",
-    "RemoteError": "errors",
-    "RemoteSessionClosed": "errors",
-    "RemoteStep": "remote_cache",
-    "RemoteTrunk": "remote",
-    "RemoteUnavailable": "errors",
-    "Timings": "timings",
-    "connect": "connected_model",
+    "Healed": "client.healing",
+    "RemoteCache": "client.remote_cache",
+    "RemoteError": "client.errors",
+    "RemoteSessionClosed": "client.errors",
+    "RemoteStep": "client.remote_cache",
+    "RemoteTrunk": "client.remote",
+    "RemoteUnavailable": "client.errors",
+    "RetryPolicy": "config.retry",
+    "Timings": "client.timings",
+    "connect": "client.connected_model",
 }
 
 
@@ -46,4 +52,4 @@ def __getattr__(name: str) -> Any:
     """Import a public name from its module at its first use (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"splitlearn_manager.{_HOMES[name]}"), name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import ssl
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -128,13 +129,14 @@ class Address:
         try:
             with closing(self.connection(timeout)) as connection:
                 connection.request("GET", self.prefix + path, headers=self.headers)
-                response = connection.getresponse()
-                status, body = response.status, response.read(_MAX_BODY)
-                left = response.length if len(body) < _MAX_BODY else 0
+                with connection.getresponse() as response:
+                    status, body = response.status, response.read(_MAX_BODY)
+                    left = response.length if len(body) < _MAX_BODY else 0
+                wait = seconds_to_wait(response.headers.get("Retry-After"))
         except (OSError, HTTPException) as error:
             raise self.unreachable(error) from error
         if status != HTTPStatus.OK:
-            raise self.refusal(status, body)
+            raise self.refusal(status, body, wait)
         if left or not body:  # nothing at all: its headers may have been cut off, too
             raise self.unreachable(IncompleteRead(body, left))
         try:
@@ -151,13 +153,16 @@ class Address:
     def unreachable(self, error: Exception) -> RemoteUnavailable:
         """Return what to raise where the connection fails."""
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        return RemoteUnavailable(f"cannot reach {self}: {reason}")
+        code = "certificate" if isinstance(error, ssl.SSLCertVerificationError) else "unreachable"
+        return RemoteUnavailable(f"cannot reach {self}: {reason}", code)
 
-    def refusal(self, status: int, body: bytes | bytearray) -> RemoteError | RemoteUnavailable:
+    def refusal(
+        self, status: int, body: bytes | bytearray, retry_after: float | None = None
+    ) -> RemoteError | RemoteUnavailable:
         """Return what to raise for an HTTP status that is an error."""
         message = f"{self} answered {status}: {_error_text(body)}"
         if status in _UNAVAILABLE:
-            return RemoteUnavailable(message)
+            return RemoteUnavailable(message, "unavailable", retry_after)
         return RemoteError(message, _CODES.get(status, "bad_request"))
 
 
@@ -177,6 +182,15 @@ def _check_token(token: str | None) -> None:
 def model_path(model_id: str) -> str:
     """Return the path of a model."""
     return f"/v2/models/{quote(model_id, safe='')}"
+
+
+def seconds_to_wait(value: Any) -> float | None:
+    """Return the seconds that a `Retry-After` says; a date (RFC 9110) is not read."""
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        return None
+    return seconds if 0 <= seconds < math.inf else None
 
 
 def _error_text(body: bytes | bytearray) -> str:

@@ -22,6 +22,7 @@ from weakref import WeakValueDictionary
 
 from websockets.exceptions import InvalidHandshake, InvalidStatus
 
+from splitlearn_manager.client.address import seconds_to_wait
 from splitlearn_manager.client.errors import RemoteError, RemoteSessionClosed, RemoteUnavailable
 from splitlearn_manager.client.websocket import WebSocket, WebSocketLost
 from splitlearn_manager.serving.wire import SUBPROTOCOL, Frame, Kind, WireError, decode, encode
@@ -42,10 +43,18 @@ RECONNECT_PAUSES = (0.1, 0.4)
 RESUMES = 3
 """How often a session is resumed for one request: whatever cuts its connection may do so again."""
 
+_KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 3}
+"""Seconds without a word until the other machine is asked, between questions, and how many."""
+
 _NOT_NOW = frozenset(
     {"client_limit", "too_many_sessions", "no_memory", "model_unavailable", "draining"}
 )
 """Codes of what the server can't do now, and may be able to do later."""
+
+_OPENING = frozenset({Kind.OPEN, Kind.FORK})
+
+_FAILURES = frozenset({"internal", "not_finite"})
+"""Codes of what the server failed at."""
 
 _ENDINGS = {
     "internal": "internal",
@@ -64,19 +73,24 @@ class RemoteSession:
     """A session on the server.
 
     Attributes:
+        connection: Over which it is used.
         id: Its id there.
         max_frame_bytes: Longest frame that the server reads, or `None` if it does not say.
         token: What proves that it is ours, on another connection; empty if the server does not
             keep sessions whose connection was lost.
         lost: Whether its connection was lost, so that it must be resumed.
         ended: Why it has ended, once that is known.
+        failed: Whether it has ended because the server failed at what it was asked: the same would
+            fail again.
     """
 
+    connection: SessionConnection = field(repr=False)
     id: int
     max_frame_bytes: int | None
     token: str = ""
     lost: bool = False
     ended: str | None = None
+    failed: bool = False
 
 
 @dataclass(eq=False)
@@ -89,6 +103,7 @@ class Request:
         session: The session that it is of, if it is of one.
         message: The question as it travels, once it does.
         answer: The answer, or why there is none.
+        opened: The session that the answer is about, where it opens one.
         seconds: From when it was sent, with those that were sent together, to its answer.
     """
 
@@ -97,6 +112,7 @@ class Request:
     session: RemoteSession | None = None
     message: bytes = field(default=b"", repr=False)
     answer: Frame | Exception | None = None
+    opened: RemoteSession | None = None
     seconds: float = 0.0
 
     def result(self) -> Frame:
@@ -104,6 +120,13 @@ class Request:
         if isinstance(self.answer, Frame):
             return self.answer
         raise self.answer or RuntimeError("the request was never sent")
+
+    def session_opened(self) -> RemoteSession:
+        """Return the session that was opened, or raise why there is none."""
+        self.result()
+        if self.opened is None:
+            raise RuntimeError("the request opens no session")
+        return self.opened
 
 
 class SessionConnection:
@@ -114,6 +137,7 @@ class SessionConnection:
         model_id: The model there.
         timeout: Seconds to wait for an answer.
         timings: Whether sessions are to say of each step how long it took there, and why.
+        pauses: Seconds between attempts to connect again, before a session is given up.
 
     Attributes:
         bytes_sent: Bytes of frames that went out.
@@ -121,12 +145,19 @@ class SessionConnection:
     """
 
     def __init__(
-        self, address: Address, model_id: str, timeout: float, *, timings: bool = False
+        self,
+        address: Address,
+        model_id: str,
+        timeout: float,
+        *,
+        timings: bool = False,
+        pauses: Sequence[float] = RECONNECT_PAUSES,
     ) -> None:
         self.address = address
         self.model_id = model_id
         self.timeout = timeout
         self._timings = timings
+        self._pauses = pauses
         self.bytes_sent = 0
         self.bytes_received = 0
         self._turn = threading.Lock()
@@ -135,6 +166,7 @@ class SessionConnection:
         self._abandoned: deque[int] = deque()  # sessions that nobody refers to any more
         self._sessions: WeakValueDictionary[int, RemoteSession] = WeakValueDictionary()
         self._socket: WebSocket | None = None
+        self._closed = False
 
     # --- Sessions --------------------------------------------------------------------------
 
@@ -158,17 +190,17 @@ class SessionConnection:
             if traceparent := trace_headers().get(TRACEPARENT):
                 wishes[TRACEPARENT] = traceparent
             try:
-                return self._take(self._open(Frame(Kind.OPEN, info=wishes)))
+                return self._open(Frame(Kind.OPEN, info=wishes))
             except RemoteSessionClosed as error:
                 raise RemoteUnavailable(str(error)) from error
 
-    def _open(self, frame: Frame) -> Frame:
+    def _open(self, frame: Frame) -> RemoteSession:
         """Ask for a session; once more if the connection was lost, which may have been long ago.
 
         A session that was opened, and not heard of, ends there by itself.
         """
         try:
-            return self._ask(frame, Kind.OPENED)
+            return self._ask(frame, Kind.OPENED).session_opened()
         except RemoteSessionClosed as error:
             logger.info("%s; trying again", error)
         except RemoteError as error:
@@ -179,20 +211,12 @@ class SessionConnection:
             info = {name: wish for name, wish in frame.info.items() if name != "timings"}
             return self._open(replace(frame, info=info))
         self._reconnect()
-        return self._ask(frame, Kind.OPENED)
-
-    def fork_session(self, session: RemoteSession) -> RemoteSession:
-        """Open a session that holds what another holds; raises as `step` does.
-
-        Where the connection is lost before the answer came, the server may have made two; the one
-        that nobody knows of ends there by itself.
-        """
-        with self._turn:
-            return self._take(self._ask(Frame(Kind.FORK), Kind.OPENED, session))
+        return self._ask(frame, Kind.OPENED).session_opened()
 
     def _take(self, opened: Frame) -> RemoteSession:
         """Return the session that an OPENED is about."""
         session = RemoteSession(
+            self,
             opened.session,
             opened.info.get("max_frame_bytes"),
             str(opened.info.get("resume") or ""),
@@ -205,7 +229,8 @@ class SessionConnection:
         """Send all requests, each of another session, and wait for their answers.
 
         Where the connection is lost meanwhile, the sessions are resumed and what was not answered
-        is sent again: the server does it once.  Each request fails alone, with
+        is sent again: the server does it once.  (Of a FORK it may make two sessions; the one that
+        nobody knows of ends there by itself.)  Each request fails alone, with
 
         - `RemoteError`: the server refused it, and the session is as it was; or (code `internal`)
           it failed at it, and the session has ended;
@@ -215,11 +240,6 @@ class SessionConnection:
         """
         with self._turn:
             self._exchange(requests)
-
-    def change(self, session: RemoteSession, frame: Frame) -> None:
-        """Ask for what changes a session without a step; raises what `exchange` answers."""
-        with self._turn:
-            self._ask(frame, Kind.DONE, session)
 
     def _resume(self, session: RemoteSession) -> None:
         """Take a session to a new connection.
@@ -245,7 +265,7 @@ class SessionConnection:
         Raises:
             RemoteUnavailable: It can't be made.
         """
-        for pause in RECONNECT_PAUSES:
+        for pause in self._pauses:
             try:
                 return self._connect()
             except RemoteUnavailable as error:
@@ -289,19 +309,21 @@ class SessionConnection:
                 self._turn.release()
 
     def close(self) -> None:
-        """Close the connection, and with it all sessions."""
+        """Close the connection for good, and with it all sessions."""
         with self._turn:
+            self._closed = True
             if self._socket is not None:
                 self._socket.close()
             self._disconnect("closed")
 
     # --- One request -----------------------------------------------------------------------
 
-    def _ask(self, frame: Frame, expected: Kind, session: RemoteSession | None = None) -> Frame:
-        """Send one request and return its answer; the caller has the turn."""
-        request = Request(frame, expected, session)
+    def _ask(self, frame: Frame, expected: Kind) -> Request:
+        """Send one request, which is answered; the caller has the turn."""
+        request = Request(frame, expected)
         self._exchange([request])
-        return request.result()
+        request.result()
+        return request
 
     def _exchange(self, requests: Sequence[Request]) -> None:
         """Send requests and get their answers; the caller has the turn."""
@@ -406,6 +428,8 @@ class SessionConnection:
             return self._refused(frame, request.session)
         if frame.kind is not request.expected:
             raise _NonsenseError(f"{frame.kind.name} instead of {request.expected.name}")
+        if request.frame.kind in _OPENING:
+            request.opened = self._take(frame)
         return frame
 
     @staticmethod
@@ -434,8 +458,10 @@ class SessionConnection:
         text = f"{self.address} refused: {message}"
         if code in _ENDINGS:
             _end(session, _ENDINGS[code])
+        if session is not None and code in _FAILURES:
+            session.failed = True
         if code in _NOT_NOW:
-            return RemoteUnavailable(text)
+            return RemoteUnavailable(text, code, seconds_to_wait(frame.info.get("retry_after")))
         return RemoteError(text, code)
 
     def _note_end(self, frame: Frame) -> None:
@@ -462,9 +488,11 @@ class SessionConnection:
             return
         self._disconnect("connection_lost")
         address = self.address
+        if self._closed:
+            raise RemoteUnavailable(f"the connection to {address} was closed here", "closed")
         try:
             self._socket = WebSocket(
-                socket.create_connection((address.host, address.port), CONNECT_TIMEOUT),
+                _connected_socket(address.host, address.port),
                 address.sessions_url(self.model_id),
                 subprotocol=SUBPROTOCOL,
                 headers=address.headers,
@@ -474,7 +502,8 @@ class SessionConnection:
             )
         except InvalidStatus as error:
             response = error.response
-            raise address.refusal(response.status_code, response.body or b"") from error
+            wait = seconds_to_wait(response.headers.get("Retry-After"))
+            raise address.refusal(response.status_code, response.body or b"", wait) from error
         except (OSError, InvalidHandshake, WebSocketLost) as error:
             raise address.unreachable(error) from error
 
@@ -494,6 +523,17 @@ class SessionConnection:
         if self._socket is not None:
             self._socket.drop()
         self._socket = None
+
+
+def _connected_socket(host: str, port: int) -> socket.socket:
+    """Return a socket that notices in some 20 s when the other machine is gone without a word."""
+    sock = socket.create_connection((host, port), CONNECT_TIMEOUT)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, True)
+    for name, value in _KEEPALIVE.items():
+        option = getattr(socket, name, None)  # not every system has each of them
+        if option is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    return sock
 
 
 class _NonsenseError(Exception):

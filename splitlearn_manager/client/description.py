@@ -16,6 +16,19 @@ if TYPE_CHECKING:
     from splitlearn_core.hidden_state import HiddenState
 
 _ANY = -1
+_IDENTITY = (
+    "model_type",
+    "start_layer",
+    "end_layer",
+    "num_layers",
+    "hidden_size",
+    "dtype",
+    "hidden_dtype",
+    "num_parameters",
+    "fingerprint",
+)
+"""Facts that two servers of the same Trunk agree in, as far as both tell them."""
+
 _NAMED = ("hidden_states", "attention_mask", "position_ids")
 
 
@@ -107,6 +120,51 @@ class Description:
     hidden_shape: tuple[int, ...]
     takes: tuple[RemoteValue, ...]
     gives: tuple[RemoteValue, ...]
+
+    def fact(self, name: str) -> str:
+        """Return a fact.
+
+        Raises:
+            RemoteError: The server does not tell it.
+        """
+        try:
+            return self.facts[name]
+        except KeyError:
+            raise RemoteError(
+                f"the server does not say the {name} of its Trunk", "bad_answer"
+            ) from None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        dtype: torch.dtype = getattr(torch, self.fact("dtype"))
+        return dtype
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        """Dtype of the hidden states, which is that of the weights as a rule."""
+        name = self.facts.get("hidden_dtype")
+        dtype: torch.dtype = getattr(torch, name) if name else self.dtype
+        return dtype
+
+    @property
+    def quantization(self) -> str | None:
+        """How its linear layers are packed, if they are."""
+        return self.facts.get("quantization")
+
+    def difference(self, other: Description) -> str:
+        """Return in what another server's Trunk is not the same; nothing, where it may be."""
+        found = [
+            f"{name} {other.facts[name]}, not {self.facts[name]}"
+            for name in _IDENTITY
+            if name in self.facts.keys() & other.facts.keys()
+            and self.facts[name] != other.facts[name]
+        ]
+        if self.quantization != other.quantization:
+            found.append(f"quantization {other.quantization}, not {self.quantization}")
+        if (self.takes, self.gives) != (other.takes, other.gives):
+            found.append("other values go with its hidden states")
+        return "; ".join(found)
 
 
 def describe(answer: Any, model_id: str, url: str) -> Description:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
-import weakref
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
@@ -13,20 +11,23 @@ import torch
 
 from splitlearn_core.errors import CacheMismatchError
 from splitlearn_core.hidden_state import HiddenState
-from splitlearn_manager.client.address import Address, model_path
-from splitlearn_manager.client.connection import (
-    CONNECT_TIMEOUT,
-    Attendant,
-    RemoteSession,
-    SessionConnection,
-)
-from splitlearn_manager.client.description import Description, RemoteValue, describe
+from splitlearn_manager.client.address import Address
 from splitlearn_manager.client.errors import RemoteError, RemoteSessionClosed, RemoteUnavailable
+from splitlearn_manager.client.healing import Healer
+from splitlearn_manager.client.history import HISTORY_LIMIT
+from splitlearn_manager.client.lasting import LastingSession
 from splitlearn_manager.client.remote_cache import CacheStep, RemoteCache, RemoteStep
+from splitlearn_manager.client.replicas import Replicas
 from splitlearn_manager.client.timings import Timings
+from splitlearn_manager.config.retry import RetryPolicy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+    from splitlearn_manager.client.connection import RemoteSession, SessionConnection
+    from splitlearn_manager.client.description import Description, RemoteValue
+    from splitlearn_manager.client.healing import Healed
+    from splitlearn_manager.client.lasting import Want
 
 __all__ = [
     "RemoteCache",
@@ -40,6 +41,8 @@ __all__ = [
 TIMEOUT = 120.0
 """Seconds to wait for a step: a long prompt on a slow machine takes its time."""
 
+RETRY = RetryPolicy()
+
 
 class RemoteTrunk:
     """A Trunk on a daemon.
@@ -52,11 +55,17 @@ class RemoteTrunk:
     few architectures (`side_inputs`, `side_outputs`); KV caches stay on the server.  Gradients
     don't cross it: a forward through it works, a backward raises.
 
+    When a session is lost (the server died or drains, the model was swapped, the session expired or
+    was evicted, the connection is gone for good), another one is opened there or at the next
+    address, what was sent is sent again, and the step goes on, as if nothing had happened.  It is
+    logged as a warning, and counted (`healed`, `replayed_positions`).
+
     Making one does not connect; the first use does.  It may be used from several threads, which
     then take turns: for steps beside each other there is `step_together`.
 
     Args:
-        url: The daemon's address; `http` or `https`.
+        url: The daemon's address, `http` or `https`; or those of several that serve the same Trunk,
+            in the order in which they are tried.
         model_id: The Trunk's id there.
         token: Bearer token, if the daemon asks for one.
         timeout: Seconds to wait for a step.
@@ -64,6 +73,10 @@ class RemoteTrunk:
             those that the system trusts.
         timings: Ask the server to say of each step how long it waited there, and its forward took;
             see `timings`.
+        retry: How often, and how long, it is tried to go on; `None` raises at once.
+        history_limit: Bytes of steps that are kept for each session, to be sent again.  A session
+            that was sent more can't go on elsewhere.
+        on_heal: Called when sessions went on, in the thread that uses them.
 
     Raises:
         ValueError: `url` is no address, the token is no word, or `ca_file` holds no certificates.
@@ -71,29 +84,39 @@ class RemoteTrunk:
 
     def __init__(
         self,
-        url: str,
+        url: str | Sequence[str],
         model_id: str,
         token: str | None = None,
         timeout: float = TIMEOUT,
         *,
         ca_file: str | os.PathLike[str] | None = None,
         timings: bool = False,
+        retry: RetryPolicy | None = RETRY,
+        history_limit: int = HISTORY_LIMIT,
+        on_heal: Callable[[Healed], object] | None = None,
     ) -> None:
-        self._address = Address.parse(url, token, None if ca_file is None else os.fspath(ca_file))
+        urls = [url] if isinstance(url, str) else list(url)
+        if not urls:
+            raise ValueError("give at least one address")
+        certificates = None if ca_file is None else os.fspath(ca_file)
+        addresses = [Address.parse(one, token, certificates) for one in urls]
         self.model_id = model_id
-        self._connection = SessionConnection(self._address, model_id, timeout, timings=timings)
+        self._replicas = Replicas(addresses, model_id, timeout, timings=timings)
+        self._healer = Healer(self._replicas, model_id, retry, on_heal)
+        self._history_limit = 0 if retry is None else history_limit
         self._timings = Timings()
-        self._lock = threading.Lock()
-        self._described: Description | None = None
-        self._attendant: Attendant | None = None
-        self._closed = False
 
     # --- What it is ------------------------------------------------------------------------
 
     @property
     def url(self) -> str:
-        """The daemon's address."""
-        return str(self._address)
+        """The daemon's address; of several, the one in use."""
+        return str(self._replicas.current.address)
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The addresses of all that serve the Trunk."""
+        return tuple(str(replica.address) for replica in self._replicas.all)
 
     @property
     def component(self) -> str:
@@ -128,8 +151,7 @@ class RemoteTrunk:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights, and of the hidden states that it takes and gives."""
-        dtype: torch.dtype = getattr(torch, self._fact("dtype"))
-        return dtype
+        return self._description.dtype
 
     @property
     def nbytes(self) -> int:
@@ -143,17 +165,27 @@ class RemoteTrunk:
     @property
     def bytes_sent(self) -> int:
         """Bytes of frames that went out so far."""
-        return self._connection.bytes_sent
+        return sum(replica.connection.bytes_sent for replica in self._replicas.all)
 
     @property
     def bytes_received(self) -> int:
         """Bytes of frames that came in so far."""
-        return self._connection.bytes_received
+        return sum(replica.connection.bytes_received for replica in self._replicas.all)
 
     @property
     def timings(self) -> Timings:
         """What steps took so far, and where."""
         return self._timings
+
+    @property
+    def healed(self) -> int:
+        """Sessions that went on elsewhere, or again, each time counted."""
+        return self._healer.healed
+
+    @property
+    def replayed_positions(self) -> int:
+        """Positions that were computed again for that."""
+        return self._healer.replayed_positions
 
     @property
     def hidden_shape(self) -> tuple[int, ...]:
@@ -163,9 +195,7 @@ class RemoteTrunk:
     @property
     def hidden_dtype(self) -> torch.dtype:
         """Dtype of the hidden states that it takes and gives."""
-        name = self._description.facts.get("hidden_dtype")
-        dtype: torch.dtype = getattr(torch, name) if name else self.dtype
-        return dtype
+        return self._description.hidden_dtype
 
     @property
     def side_inputs(self) -> tuple[RemoteValue, ...]:
@@ -190,19 +220,16 @@ class RemoteTrunk:
             RemoteError: There is no such model (lists those there are), or it is no Trunk.
             RemoteUnavailable: The server can't be reached, or the model is not ready.
         """
-        with self._lock:
-            if self._described is None:
-                answer = self._address.get_json(model_path(self.model_id), CONNECT_TIMEOUT)
-                self._described = describe(answer, self.model_id, self.url)
-            return self._described
+        return self._replicas.description
 
     def _fact(self, name: str) -> str:
         """Return a fact about the part."""
-        try:
-            return self._description.facts[name]
-        except KeyError:
-            text = f"{self.url} does not say the {name} of {self.model_id!r}"
-            raise RemoteError(text, "bad_answer") from None
+        return self._description.fact(name)
+
+    @property
+    def _connection(self) -> SessionConnection:
+        """The connection in use."""
+        return self._replicas.current.connection
 
     # --- What it does ----------------------------------------------------------------------
 
@@ -240,7 +267,8 @@ class RemoteTrunk:
             CacheMismatchError: (a `ValueError`) The cache is another part's, or `use_cache=True`
                 without one.
             RemoteError: The server refused the step, or failed at it.
-            RemoteSessionClosed: (a `ConnectionError`) The cache on the server is gone.
+            RemoteSessionClosed: (a `ConnectionError`) The cache on the server is gone, and it could
+                not be gone on with; says what was tried.
             RemoteUnavailable: (a `ConnectionError`) The server can't be reached, or not now.
             ValueError: Shapes or dtypes don't fit, the mask changes what was sent, or sequences are
                 packed.
@@ -283,7 +311,7 @@ class RemoteTrunk:
                 sent[index] = self._prepare(step, given[index].detach())
             except Exception as error:  # noqa: BLE001 - it is returned
                 results[index] = error
-        self._connection.exchange([one.request for one in sent.values()])
+        self._ask([one.want for one in sent.values()])
         for index, one in sent.items():
             try:
                 results[index] = self._finish(one, given[index])
@@ -309,7 +337,8 @@ class RemoteTrunk:
     def _finish(self, step: CacheStep, given: HiddenState) -> torch.Tensor | HiddenState:
         """Return what came of a step, on the device and in the graph of what was given."""
         left = step.cache.take_in(step).to(given.device)
-        self._timings = self._timings.plus(step.request.seconds, step.request.result().info)
+        request = step.want.result()
+        self._timings = self._timings.plus(request.seconds, request.result().info)
         passed = {name: rest for name, rest in self._passed_on(given.detach()) if rest is not None}
         left = replace(left, side=passed | dict(left.side))
         if torch.is_grad_enabled() and _wants_gradient(given):
@@ -346,49 +375,21 @@ class RemoteTrunk:
 
     # --- Its sessions ----------------------------------------------------------------------
 
-    def _open_session(self, *, rollback: bool) -> RemoteSession:
-        """Open a session, which is closed when nobody refers to it any more."""
-        with self._lock:
-            self._refuse_if_closed()
-            if self._attendant is None:
-                self._attendant = Attendant(self._connection)
-                weakref.finalize(self, self._attendant.dismiss).atexit = False
-            attendant = self._attendant
-        session = self._connection.open_session(rollback=rollback)
-        if self._closed:  # meanwhile, and perhaps before the session's connection was made
-            self._connection.close()
-        self._refuse_if_closed()
-        weakref.finalize(session, attendant.abandon, session.id).atexit = False
-        return session
+    def _new_session(self) -> LastingSession:
+        """Return a session that is opened by its first step."""
+        return LastingSession(self._history_limit)
 
-    def _fork_session(self, session: RemoteSession) -> RemoteSession:
-        """Open a session that holds what another holds; closed as that one is."""
-        with self._lock:
-            self._refuse_if_closed()
-            attendant = self._attendant
-        fork = self._connection.fork_session(session)
-        if attendant is not None:  # there is one since the first session
-            weakref.finalize(fork, attendant.abandon, fork.id).atexit = False
-        return fork
-
-    def _refuse_if_closed(self) -> None:
-        """Raise if the part was closed."""
-        if self._closed:
-            raise RuntimeError(f"this RemoteTrunk ({self.url}) was closed")
+    def _ask(self, wants: Sequence[Want]) -> None:
+        """Ask something of sessions."""
+        self._healer.ask(wants)
 
     def _close_session(self, session: RemoteSession) -> None:
         """Close a session, if it has not ended."""
-        if session.ended is None:
-            self._connection.close_session(session.id)
-            session.ended = "closed"
+        self._replicas.of(session).close_session(session)
 
     def close(self) -> None:
-        """Close the connection, and with it every session; using the part again raises."""
-        with self._lock:
-            self._closed = True
-            attendant, self._attendant = self._attendant, None
-        if attendant is not None:
-            attendant.end()
+        """Close the connections, and with them every session; using the part again raises."""
+        self._replicas.close()
 
     def __enter__(self) -> Self:
         """Return the part itself."""
@@ -400,7 +401,8 @@ class RemoteTrunk:
 
     def __repr__(self) -> str:
         """Name the model and where it is."""
-        return f"RemoteTrunk({self.url!r}, {self.model_id!r})"
+        where = self.urls[0] if len(self.urls) == 1 else list(self.urls)
+        return f"RemoteTrunk({where!r}, {self.model_id!r})"
 
 
 class _OneWay(torch.autograd.Function):

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from splitlearn_core.hidden_state import HiddenState
-from splitlearn_manager.client.connection import Request
 from splitlearn_manager.client.errors import RemoteError
+from splitlearn_manager.client.lasting import Want
+from splitlearn_manager.client.replay import mark_of
 from splitlearn_manager.serving.tensors import tensor_from_wire, tensor_to_wire
 from splitlearn_manager.serving.wire import Frame, Kind, TensorName
 
 if TYPE_CHECKING:
-    from splitlearn_manager.client.connection import RemoteSession
+    from splitlearn_manager.client.connection import Request
     from splitlearn_manager.client.remote import RemoteTrunk
     from splitlearn_manager.serving.wire import WireTensor
 
@@ -42,12 +43,12 @@ class CacheStep:
 
     Attributes:
         cache: What it fills.
-        request: How it travels.
+        want: What is asked for it.
         mask: The cache's mask after it.
     """
 
     cache: RemoteCache
-    request: Request
+    want: Want
     mask: torch.Tensor | None
 
 
@@ -62,11 +63,10 @@ class RemoteCache:
 
     def __init__(self, trunk: RemoteTrunk) -> None:
         self.trunk = trunk
-        self._session: RemoteSession | None = None
+        self._lasting = trunk._new_session()  # noqa: SLF001 - two halves of one thing
         self._length = 0
         self._batch: int | None = None
         self._mask: torch.Tensor | None = None  # bool [batch, length]; None while it is all ones
-        self._rollback = False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return how many positions are in the cache."""
@@ -79,11 +79,10 @@ class RemoteCache:
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
     ) -> CacheStep:
-        """Return a step that can be sent, having begun the session if there was none.
+        """Return a step that can be sent.
 
         Raises:
             ValueError: It does not fit the cache.
-            RemoteError, ConnectionError: There is no session to be had.
         """
         batch, new = given.shape[:2]
         if self._batch not in {None, batch}:
@@ -96,19 +95,20 @@ class RemoteCache:
             tensors.append(tensor_to_wire(TensorName.ATTENTION_MASK, columns))
         if position_ids is not None:
             tensors.append(self._positions(position_ids, batch, new))
-        if self._session is None:
-            open_session = self.trunk._open_session  # noqa: SLF001 - two halves of one thing
-            self._session = open_session(rollback=self._rollback)
         frame = Frame(Kind.STEP, position=self._length, tensors=tuple(tensors))
-        return CacheStep(self, Request(frame, Kind.RESULT, self._session), mask)
+        return CacheStep(self, Want(self._lasting, frame, Kind.RESULT), mask)
 
     def take_in(self, step: CacheStep) -> HiddenState:
         """Return what came of a step, and count its positions; raises what went wrong with it."""
-        sent = step.request.frame.tensors[0]
+        sent = step.want.frame.tensors[0]
         batch, new = sent.shape[:2]
-        answer = step.request.result()
+        request = step.want.result()
+        answer = request.result()
         result = tensor_from_wire(_result_of(answer, sent))
         side = {v.name: v.from_wire(answer, batch, new) for v in self.trunk.side_outputs}
+        history = self._lasting.history
+        if history.limit:
+            history.add_step(request.message, self._length, new, mark_of(result))
         self._length, self._batch, self._mask = self._length + new, batch, step.mask
         return HiddenState(result, side)
 
@@ -125,9 +125,9 @@ class RemoteCache:
         Raises:
             RuntimeError: The session has begun: it was to be asked for before the first step.
         """
-        if self._session is not None and not self._rollback:
+        if self._lasting.session is not None and not self._lasting.rollback:
             raise RuntimeError("activate_past_recording comes before a cache's first step")
-        self._rollback = self.is_croppable
+        self._lasting.rollback = self.is_croppable
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` positions (0 or less).
@@ -137,9 +137,10 @@ class RemoteCache:
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative number, found {tokens_to_remove}")
-        if tokens_to_remove and self._session is not None:
+        if tokens_to_remove and self._lasting.session is not None:
             length = max(0, self._length + tokens_to_remove)
-            self._change(Frame(Kind.ROLL_BACK, position=length))
+            self._ask(Frame(Kind.ROLL_BACK, position=length), Kind.DONE)
+            self._lasting.history.roll_back(length)
             self._length = length
             self._mask = None if self._mask is None else self._mask[:, :length]
 
@@ -152,15 +153,18 @@ class RemoteCache:
         """
         other = RemoteCache(self.trunk)
         other.__dict__.update(self.__dict__)
-        if self._session is not None:
-            other._session = self.trunk._fork_session(self._session)  # noqa: SLF001 - as above
+        session = None
+        if self._lasting.session is not None:
+            session = self._ask(Frame(Kind.FORK), Kind.OPENED).session_opened()
+        other._lasting = self._lasting.fork(session)
         return other
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Let the rows be those that are named, each as often as it is."""
-        if self._session is not None:
-            rows = beam_idx.tolist()
-            self._change(Frame(Kind.REORDER, info={"rows": rows}))
+        rows = beam_idx.tolist()
+        if self._lasting.session is not None and rows != list(range(self._batch or 0)):
+            self._ask(Frame(Kind.REORDER, info={"rows": rows}), Kind.DONE)
+            self._lasting.history.add_rows(tuple(rows))
             self._batch = len(rows)
             self._mask = None if self._mask is None else self._mask[beam_idx.cpu()]
 
@@ -174,10 +178,11 @@ class RemoteCache:
         if self._batch is not None:
             self.reorder_cache(torch.arange(self._batch)[indices.cpu()])
 
-    def _change(self, frame: Frame) -> None:
-        """Change the session."""
-        if self._session is not None:
-            self.trunk._connection.change(self._session, frame)  # noqa: SLF001
+    def _ask(self, frame: Frame, expected: Kind) -> Request:
+        """Ask something of the session, which has begun."""
+        want = Want(self._lasting, frame, expected)
+        self.trunk._ask([want])  # noqa: SLF001 - as above
+        return want.result()
 
     def _whole_mask(self, given: torch.Tensor | None, batch: int, new: int) -> torch.Tensor | None:
         """Return the mask of all positions, or `None` while it is all ones.
@@ -220,12 +225,15 @@ class RemoteCache:
     def reset(self) -> None:
         """Forget all positions; the next step begins a new session."""
         self.close()
-        self._session, self._length, self._batch, self._mask = None, 0, None, None
+        rollback, self._lasting = self._lasting.rollback, self.trunk._new_session()  # noqa: SLF001
+        self._lasting.rollback = rollback
+        self._length, self._batch, self._mask = 0, None, None
 
     def close(self) -> None:
         """End the session.  A further step raises `RemoteSessionClosed`."""
-        if self._session is not None:
-            self.trunk._close_session(self._session)  # noqa: SLF001
+        if self._lasting.session is not None:
+            self.trunk._close_session(self._lasting.session)  # noqa: SLF001 - as above
+            self._lasting.history.clear()
 
     def __repr__(self) -> str:
         """Say how long it is, and where."""

@@ -63,6 +63,7 @@ def properties(model: Any) -> dict[str, str]:
         "max_positions": model.max_positions,
         "rolls_back": getattr(model, "rolls_back", None),
         "dtype": _dtype(model),
+        "quantization": getattr(model, "quantization", None),
         "device": str(model.device),
         "num_parameters": model.num_parameters(),
         "nbytes": getattr(model, "nbytes", None),

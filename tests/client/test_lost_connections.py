@@ -162,7 +162,7 @@ def test_an_answer_that_is_cut_off_is_not_taken_for_another(wire: Wire, nbytes: 
 
 
 def test_a_server_that_is_gone_is_said_to_be(wire: Wire) -> None:
-    with RemoteTrunk(wire.url, "trunk") as trunk, torch.inference_mode():
+    with RemoteTrunk(wire.url, "trunk", retry=None) as trunk, torch.inference_mode():
         cache = trunk.new_cache()
         trunk(given(5, 0), past_key_values=cache)
         wire.close()

@@ -1,4 +1,7 @@
-"""`RemoteTrunk` and a real daemon, whose Trunk is a fake that can be held, failed and watched."""
+"""`RemoteTrunk` and a real daemon, whose Trunk is a fake that can be held, failed and watched.
+
+Most of it without going on where something was lost; for that see `test_healing.py`.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ def part(daemon: Daemon, loader: FakeLoader) -> Iterator[FakePart]:
 @pytest.fixture
 def trunk(daemon: Daemon, part: FakePart) -> Iterator[RemoteTrunk]:
     del part
-    with RemoteTrunk(daemon.url, "trunk", timeout=30) as trunk:
+    with RemoteTrunk(daemon.url, "trunk", timeout=30, retry=None) as trunk:
         yield trunk
 
 
@@ -498,7 +501,7 @@ def test_sessions_that_expired_meanwhile_say_so(monkeypatch: pytest.MonkeyPatch)
         return sessions_open(daemon) == 0
 
     with fake_daemon(FakeLoader(), session_idle_timeout=100) as daemon:
-        with RemoteTrunk(daemon.url, "trunk") as trunk:
+        with RemoteTrunk(daemon.url, "trunk", retry=None) as trunk:
             cache = trunk.new_cache()
             trunk(ones(), past_key_values=cache)
             until(later_there_is_none)
@@ -512,7 +515,7 @@ def test_sessions_that_expired_meanwhile_say_so(monkeypatch: pytest.MonkeyPatch)
 def test_a_server_without_room_is_unavailable() -> None:
     with (
         fake_daemon(FakeLoader(), max_sessions=1) as daemon,
-        RemoteTrunk(daemon.url, "trunk") as trunk,
+        RemoteTrunk(daemon.url, "trunk", retry=None) as trunk,
     ):
         cache = trunk.new_cache()
         trunk(ones(), past_key_values=cache)
@@ -535,7 +538,7 @@ def test_a_step_longer_than_the_server_reads_is_not_sent() -> None:
 
 
 def test_a_step_that_takes_too_long_gives_up_its_session(daemon: Daemon, part: FakePart) -> None:
-    with RemoteTrunk(daemon.url, "trunk") as trunk:
+    with RemoteTrunk(daemon.url, "trunk", retry=None) as trunk:
         cache = trunk.new_cache()
         trunk(ones(), past_key_values=cache)
         trunk._connection.timeout = 0.05
@@ -551,7 +554,7 @@ def test_a_step_that_takes_too_long_gives_up_its_session(daemon: Daemon, part: F
 
 
 def test_a_late_answer_is_not_taken_for_another(daemon: Daemon, part: FakePart) -> None:
-    with RemoteTrunk(daemon.url, "trunk") as trunk:
+    with RemoteTrunk(daemon.url, "trunk", retry=None) as trunk:
         cache = trunk.new_cache()
         trunk(ones(), past_key_values=cache)
         trunk._connection.timeout = 0.05
@@ -570,7 +573,7 @@ def test_draining_answers_the_step_in_flight_and_ends_the_cache(caplog: Any) -> 
     loader = FakeLoader()
     with fake_daemon(loader) as daemon, ThreadPoolExecutor() as pool:
         part = loader.parts["trunk"]
-        with RemoteTrunk(daemon.url, "trunk") as trunk:
+        with RemoteTrunk(daemon.url, "trunk", retry=None) as trunk:
             idle, busy = trunk.new_cache(), trunk.new_cache()
             trunk(ones(), past_key_values=idle)
             part.entered.acquire()
@@ -648,7 +651,7 @@ def test_interrupting_a_step_drops_the_connection(
 
 
 def test_a_server_that_ended_is_unavailable() -> None:
-    with fake_daemon(FakeLoader()) as daemon, RemoteTrunk(daemon.url, "trunk") as trunk:
+    with fake_daemon(FakeLoader()) as daemon, RemoteTrunk(daemon.url, "trunk", retry=None) as trunk:
         cache = trunk.new_cache()
         trunk(ones(), past_key_values=cache)
         daemon.stop()

@@ -282,7 +282,7 @@ def child() -> Iterator[Child]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_tells_idle_sessions_and_answers_busy_ones(child: Child, number: int) -> None:
-    with RemoteTrunk(child.url, "trunk") as trunk, ThreadPoolExecutor() as pool:
+    with RemoteTrunk(child.url, "trunk", retry=None) as trunk, ThreadPoolExecutor() as pool:
         idle, busy = trunk.new_cache(), trunk.new_cache()
         step = pool.submit(trunk, torch.ones(1, 1, 4), past_key_values=idle)
         assert child.line() == "forward"
@@ -305,7 +305,7 @@ def test_a_signal_tells_idle_sessions_and_answers_busy_ones(child: Child, number
 
 
 def test_a_second_signal_ends_at_once(child: Child) -> None:
-    with RemoteTrunk(child.url, "trunk") as trunk, ThreadPoolExecutor() as pool:
+    with RemoteTrunk(child.url, "trunk", retry=None) as trunk, ThreadPoolExecutor() as pool:
         step = pool.submit(trunk, torch.ones(1, 1, 4))
         assert child.line() == "forward"
 

@@ -158,7 +158,7 @@ def test_a_second_signal_ends_a_load_that_hangs_at_once(start: Callable[..., Chi
     child = start("600", "trunk", "hang")
     child.until("loading")
     child.await_trunk()
-    with RemoteTrunk(child.url, "trunk") as trunk, ThreadPoolExecutor() as pool:
+    with RemoteTrunk(child.url, "trunk", retry=None) as trunk, ThreadPoolExecutor() as pool:
         step = pool.submit(trunk, torch.ones(1, 1, 4))
         child.until("forward")
         child.terminate()

@@ -175,7 +175,7 @@ class Place:
         enough = threading.Event()
 
         def use() -> None:
-            with RemoteTrunk(self._url, "trunk") as remote:
+            with RemoteTrunk(self._url, "trunk", retry=None) as remote:
                 try:
                     for number in range(1_000_000):
                         if number == steps:

@@ -124,7 +124,9 @@ class Client:
     def _arrive(self) -> None:
         """Begin with a new connection."""
         setting = self._setting
-        self._trunk = RemoteTrunk(self._wire.url, setting.family.name, timeout=STEP_TIMEOUT)
+        self._trunk = RemoteTrunk(
+            self._wire.url, setting.family.name, timeout=STEP_TIMEOUT, retry=None
+        )
         for _ in range(10):
             try:
                 self._model = SplitCausalLM(setting.bottom, self._trunk, setting.top)
