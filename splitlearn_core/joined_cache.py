@@ -1,11 +1,12 @@
 """Several sequences of one part, each with a cache of its own, in one forward.
 
 A batch of sequences of different lengths is computed as transformers computes one that is padded
-on the left: the keys and values of each row are moved to the right end of a tensor as wide as the
-longest row, and the mask hides what is left of them.  Each sequence keeps its own cache, without
-padding, and its layers take in the new positions as ever; only what a layer's attention sees is
-joined, and given up after the layer.  States of a fixed size (recurrent ones, convolutions) are
-joined by stacking, and copied back by `commit`.
+on the left: the keys and values of each row are at the right end of a tensor as wide as the longest
+row, and the mask hides what is left of them.  Each sequence keeps its own cache, without padding,
+and its layers take in the new positions as ever; only what a layer's attention sees is joined, and
+given up after the layer.  Where a part attends in place (`splitlearn_core.session_attention`), that
+tensor is never made: each sequence attends to its own.  States of a fixed size (recurrent ones,
+convolutions) are joined by stacking, and copied back by `commit`.
 
     caches = [part.new_cache(), part.new_cache()]       # filled by forwards of their own
     joined = JoinedCache(caches)
@@ -33,6 +34,7 @@ from transformers.cache_utils import (
 from splitlearn_core.cache import GhostLayer, PartCache
 from splitlearn_core.growing_layer import GrowingLayer
 from splitlearn_core.module_states import KEPT
+from splitlearn_core.session_attention import RaggedStates
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -128,6 +130,7 @@ class JoinedCache(PartCache):
 
     Args:
         caches: Made by the same part's `new_cache()`, each filled by at least one forward.
+        in_place: Whether the part attends in place.
 
     Attributes:
         lengths: Positions that each cache held before.
@@ -137,7 +140,7 @@ class JoinedCache(PartCache):
         ValueError: There is none, one is empty, or they are of different parts.
     """
 
-    def __init__(self, caches: Sequence[PartCache]) -> None:
+    def __init__(self, caches: Sequence[PartCache], *, in_place: bool = False) -> None:
         if not caches or len({cache.spec for cache in caches}) > 1:
             raise ValueError("one or more caches of the same part are joined")
         if empty := [str(n) for n, cache in enumerate(caches) if not cache.rows]:
@@ -149,7 +152,7 @@ class JoinedCache(PartCache):
         self._row_counts = [cache.rows for cache in caches]
         self._slices = _slices(self._row_counts)
         self._before = [[_copied(layer) for layer in cache.layers] for cache in caches]
-        room = _Room()
+        room = None if in_place else _Room()
         Cache.__init__(self, layers=[self._join(n, room) for n in range(len(caches[0].layers))])
 
     def rows_of(self, number: int) -> slice:
@@ -199,7 +202,7 @@ class JoinedCache(PartCache):
             for layer, attributes in zip(cache.layers, before, strict=True):
                 layer.__dict__.update(attributes)
 
-    def _join(self, number: int, room: _Room) -> Any:
+    def _join(self, number: int, room: _Room | None) -> Any:
         """Return the layer `number` of the batch."""
         own = [cache.layers[number] for cache in self.caches]
         if isinstance(own[0], GhostLayer):
@@ -237,7 +240,7 @@ class JoinedAttention(JoinedLayer):
     """Keys and values of several sequences, each row as long as its sequence."""
 
     length: int
-    room: _Room
+    room: _Room | None
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any
@@ -249,23 +252,29 @@ class JoinedAttention(JoinedLayer):
         ]
         self.length += keys.shape[-2]
         self.cumulative_length = self.length
+        own_keys, own_values = zip(*seen, strict=True)
+        if self.room is None:
+            slices = [member.rows for member in self.members]
+            return RaggedStates(own_keys, slices), RaggedStates(own_values, slices)
         return (
-            self._padded([pair[0] for pair in seen], keys.shape[0], "keys"),
-            self._padded([pair[1] for pair in seen], keys.shape[0], "values"),
+            self._padded(self.room, own_keys, keys.shape[0], "keys"),
+            self._padded(self.room, own_values, keys.shape[0], "values"),
         )
 
     def get_seq_length(self) -> int:
         """Return the length of the longest row."""
         return self.length
 
-    def _padded(self, pieces: list[torch.Tensor], rows: int, use: str) -> torch.Tensor:
+    def _padded(
+        self, room: _Room, pieces: Sequence[torch.Tensor], rows: int, use: str
+    ) -> torch.Tensor:
         """Return tensors [rows, heads, length, size] as one, each at the right end.
 
         What is left of one is zero, not anything: a weight of zero times infinity is no number.
         """
         width = max(piece.shape[-2] for piece in pieces)
         _, heads, _, size = pieces[0].shape
-        joined = self.room.take(pieces[0], (rows, heads, width, size), use)
+        joined = room.take(pieces[0], (rows, heads, width, size), use)
         for piece, member in zip(pieces, self.members, strict=True):
             left = width - piece.shape[-2]
             own = joined[member.rows]
@@ -300,7 +309,7 @@ class JoinedStates(JoinedLayer):
 _JOINED: dict[type[Any], type[Any]] = {}
 
 
-def _joined_layer(members: list[_Member], longest: int, room: _Room) -> Any:
+def _joined_layer(members: list[_Member], longest: int, room: _Room | None) -> Any:
     """Return one layer that stands for those of several sequences."""
     real = members[0].layer
     layer: Any = object.__new__(_joined_class(type(real)))

@@ -398,7 +398,9 @@ def _settle(job: _Job, outcome: Outcome | Exception) -> None:
 
 def _joinable(managed: AsyncManagedModel) -> Joinable:
     from splitlearn_core.joined_cache import joinable  # noqa: PLC0415 - imports torch
+    from splitlearn_core.session_attention import attend_in_place  # noqa: PLC0415 - likewise
 
+    attend_in_place(managed.model)
     return joinable(managed.model)
 
 

@@ -15,6 +15,7 @@ import torch
 
 from splitlearn_core.hidden_state import HiddenState
 from splitlearn_core.joined_cache import JoinedCache
+from splitlearn_core.session_attention import attends_in_place
 from splitlearn_manager.serving.cache_changes import trim
 from splitlearn_manager.serving.errors import BadStepError, NotFiniteError, StepFailedError
 from splitlearn_manager.serving.finite import not_finite
@@ -186,7 +187,8 @@ def _run_joined(
         work.turn_began(started)
     try:
         with torch.inference_mode():
-            joined = JoinedCache([work.cache for work in works])
+            in_place = attends_in_place(part)
+            joined = JoinedCache([work.cache for work in works], in_place=in_place)
             output = _call_joined(part, works, joined, masked=masked)
             _check_given(output, works[0].state.length)  # one row can spoil an int8 model's others
             joined.commit()

@@ -14,6 +14,7 @@ from splitlearn_core.cache import PartCache
 from splitlearn_core.factory import load_component
 from splitlearn_core.hidden_state import HiddenState
 from splitlearn_core.joined_cache import JoinedCache, joinable
+from splitlearn_core.session_attention import attend_in_place, attends_in_place
 
 CUT = (2, 4)
 LENGTHS = (5, 9, 1, 13)
@@ -72,7 +73,7 @@ def step(
     trunk: SplitModel, caches: Sequence[PartCache], inputs: Sequence[HiddenState]
 ) -> torch.Tensor:
     """Run one forward for all, and return what it gives."""
-    joined = JoinedCache(caches)
+    joined = JoinedCache(caches, in_place=attends_in_place(trunk))
     side = {name: torch.cat([one.side[name] for one in inputs]) for name in inputs[0].side}
     given = HiddenState(torch.cat([one.tensor for one in inputs]), side)
     mask = joined.mask(1) if joinable(trunk).mask else None
@@ -90,7 +91,7 @@ def largest_difference(model_type: str) -> float | None:
     """Return how far sequences that share forwards are from those that don't, at most.
 
     Returns:
-        Relative to the largest number; `None` where they can't share.
+        Relative to the largest number, padded and in place; `None` where they can't share.
     """
     bottom, trunk = load_ends(model_type)
     if not joinable(trunk).steps:
@@ -99,8 +100,12 @@ def largest_difference(model_type: str) -> float | None:
         inputs = hidden_states(bottom)
         expected = [alone(trunk, sequence) for sequence in inputs]
         produced = together(trunk, inputs)
+        if attend_in_place(trunk):
+            for sequence, wanted in zip(inputs, expected, strict=True):
+                assert all(map(torch.equal, alone(trunk, sequence), wanted))
+            produced += together(trunk, inputs)
     worst = 0.0
-    for number, output in enumerate(produced, 1):
-        wanted = torch.cat([one[number] for one in expected])
+    for number, output in enumerate(produced):
+        wanted = torch.cat([one[1 + number % STEPS] for one in expected])
         worst = max(worst, float((output - wanted).abs().max() / wanted.abs().max()))
     return worst
