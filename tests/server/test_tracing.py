@@ -391,6 +391,14 @@ def test_a_collector_that_does_not_answer_holds_up_no_end(monkeypatch: pytest.Mo
 
         assert time.monotonic() - began < tracing_module.LAST_EXPORT + 1
 
+    # it would go on trying, in a thread that is in the way of the tests that come next
+    processor = tracing._provider._active_span_processor._span_processors[0]
+    processor.span_exporter.shutdown()  # type: ignore[attr-defined]
+    for thread in threading.enumerate():
+        if thread.name in {"last-traces", "OtelBatchSpanRecordProcessor"}:
+            thread.join(30)
+            assert not thread.is_alive()
+
 
 def test_spans_arrive_at_a_collector(monkeypatch: pytest.MonkeyPatch) -> None:
     requests: list[tuple[str, bytes]] = []

@@ -29,13 +29,17 @@ _VISION = {
 
 _ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
 
+# Recurrent layers fill their input up to whole chunks, of 256 positions if nothing is said.  With
+# these the few positions of a test are several chunks, and little is computed for nothing.
+_CHUNK = 4
+
 NEEDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3"), _LATENT),
     **dict.fromkeys(("deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"), _LATENT),
     **dict.fromkeys(("minicpm3", "youtu"), _LATENT),
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
-    "bamba": {"attn_layer_indices": [1, 3, 5]},
+    "bamba": {"attn_layer_indices": [1, 3, 5], "mamba_chunk_size": _CHUNK},
     "cohere_compass_text": {
         "layer_types": ["full_attention", "sliding_attention"] * 3,
         "rope_parameters": {"full_attention": _ROTARY, "sliding_attention": _ROTARY},
@@ -62,7 +66,7 @@ NEEDS: dict[str, dict[str, Any]] = {
             "sliding_attention": {**_ROTARY, "partial_rotary_factor": 0.25},
         },
     },
-    "falcon_h1": {"mamba_d_ssm": 128},
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_chunk_size": _CHUNK},
     **dict.fromkeys(("gemma3n_text", "gemma4_text", "gemma4_unified_text"), _SHARING),
     "gemma4_unified": {"text_config": _SHARING},
     "gemma4": {
@@ -72,7 +76,10 @@ NEEDS: dict[str, dict[str, Any]] = {
     },
     "git": {"vision_config": {**_VISION, "image_size": 32, "patch_size": 16}},
     "gpt_neo": {"attention_types": [[["global", "local"], 3]]},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 3},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"] * 3,
+        "mamba_chunk_size": _CHUNK,
+    },
     "kimi_linear": {
         **_LATENT,
         "linear_head_dim": 16,
@@ -81,8 +88,12 @@ NEEDS: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "full_attention"] * 3,
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 3, "num_dense_layers": 1},
-    "mamba2": {"num_heads": 8, "n_groups": 1},
-    "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention"] * 2},
+    "mamba2": {"num_heads": 8, "n_groups": 1, "chunk_size": _CHUNK},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "moe", "attention"] * 2,
+        "mamba_num_heads": 8,
+        "chunk_size": _CHUNK,
+    },
     "phi4_multimodal": {
         "vision_config": {**_VISION, "image_size": 28, "patch_size": 14},
         "audio_config": {
@@ -119,6 +130,7 @@ NEEDS: dict[str, dict[str, Any]] = {
         "n_mamba_heads": 8,
         "mamba_ngroups": 1,
         "adapter_rank": 8,
+        "chunk_size": _CHUNK,
     },
     "zaya": {"num_experts_per_tok": 1},
 }
