@@ -251,7 +251,9 @@ class Bomb:
 
 
 @pytest.mark.parametrize(
-    "content", [{"weight": Bomb()}, [torch.ones(1)], {"epoch": 3, "w": torch.ones(1)}], ids=str
+    "content",
+    [{"weight": Bomb()}, [torch.ones(1)], {"epoch": 3, "w": torch.ones(1)}],
+    ids=["code", "a list", "a number"],
 )
 def test_a_torch_file_of_anything_but_tensors_is_refused(
     content: Any,
