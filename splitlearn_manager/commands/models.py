@@ -15,6 +15,7 @@ from tqdm import tqdm
 from splitlearn_manager.client.address import Address
 from splitlearn_manager.client.errors import RemoteError, RemoteUnavailable
 from splitlearn_manager.client.management import DaemonEvent, ManagementClient
+from splitlearn_manager.client.watching import AWAY, Watch
 from splitlearn_manager.commands.errors import FAILED, WRONG_USAGE
 from splitlearn_manager.commands.tables import layers, table
 from splitlearn_manager.config.secrets import read_token
@@ -130,14 +131,31 @@ def watch(
     url: Url = DEFAULT_URL,
     token_file: TokenFile = None,
     token_env: TokenEnv = None,
+    reconnect_timeout: Annotated[
+        float,
+        typer.Option(help="Seconds that the daemon may stay away; 0 ends with the connection."),
+    ] = AWAY,
     as_json: AsJson = False,
 ) -> None:
-    """Print what happens to models, until the daemon ends or Ctrl-C."""
-    with _client(url, token_file, token_env) as client, client.events(model) as events:
-        for event in events:
+    """Print what happens to models, until Ctrl-C, also after the daemon was started anew."""
+    with _client(url, token_file, token_env) as client:
+        for event in _watch(client, model, reconnect_timeout).events():
             line = json.dumps({"event": event.name, **event.data}) if as_json else describe(event)
             sys.stdout.write(f"{line}\n")
             sys.stdout.flush()
+
+
+def _watch(client: ManagementClient, model_id: str | None, away: float) -> Watch:
+    """Return what yields events; it says on standard error when the daemon is away."""
+    try:
+        return Watch(client, model_id, away=away, tell=_tell)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--reconnect-timeout") from None
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(f"splitlearn: {line}\n")
+    sys.stderr.flush()
 
 
 # --- Asking ---------------------------------------------------------------------------------------

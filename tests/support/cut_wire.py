@@ -53,15 +53,11 @@ class Wire:
     """
 
     def __init__(self, url: str) -> None:
-        target = urlsplit(url)
-        assert target.hostname is not None
-        assert target.port is not None
-        self._target = (target.hostname, target.port)
+        self._target: tuple[str, int] | None = None
         self._listener = socket.create_server(("127.0.0.1", 0))
-        port = self._listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        # the daemon checks Host, which names the port that a client sees
-        self._ports = f"127.0.0.1:{port}".encode(), f"127.0.0.1:{target.port}".encode()
+        self._port = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self._port}"
+        self.lead_to(url)
         self._lock = threading.Lock()
         self._pairs: list[_Pair] = []
         self._left: dict[bool, int] = {}  # to the server or not -> bytes until the cut
@@ -70,6 +66,16 @@ class Wire:
         self.connections = 0
         self.cuts = 0
         self._start(self._accept)
+
+    def lead_to(self, url: str | None) -> None:
+        """Lead the connections that come to another server, or nowhere: they end at once."""
+        target = None if url is None else urlsplit(url)
+        if target is None or target.hostname is None or target.port is None:
+            self._target = None
+            return
+        # the daemon checks Host, which names the port that a client sees
+        self._ports = f"127.0.0.1:{self._port}".encode(), f"127.0.0.1:{target.port}".encode()
+        self._target = (target.hostname, target.port)
 
     def cut(self) -> None:
         """Cut every connection there is."""
@@ -107,6 +113,9 @@ class Wire:
         with suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
+                if self._target is None:
+                    client.close()
+                    continue
                 server = socket.create_connection(self._target)
                 for end in (client, server):
                     end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
