@@ -12,8 +12,10 @@ from splitlearn_core.dtypes import as_dtype
 from splitlearn_core.factory import find_model, load_component
 from splitlearn_core.plan import BOTTOM, TOP, TRUNK, check_split_points
 from splitlearn_core.quantization import check_quantization
+from splitlearn_manager.client.remote import RETRY
 from splitlearn_manager.client.trunks import agreed_dtype, plan_around, reach_all
 from splitlearn_manager.config.options import TrunkLink
+from splitlearn_manager.config.retry import HISTORY_LIMIT
 from splitlearn_manager.config.section import build
 from splitlearn_manager.load_bar import showing
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from splitlearn_core.loading.stages import Progress
+    from splitlearn_manager.config.retry import RetryPolicy
 
 
 def connect(
@@ -45,6 +48,8 @@ def connect(
     allow_uncertified: bool = False,
     progress: bool | Progress | None = None,
     timings: bool = False,
+    retry: RetryPolicy | None = RETRY,
+    history_limit: int = HISTORY_LIMIT,
 ) -> SplitCausalLM:
     """Return a model with Bottom and Top here, and its Trunk on a server.
 
@@ -78,6 +83,9 @@ def connect(
             terminal.  Or what is called with (bytes done, bytes in all), for Bottom, then for Top.
         timings: Let the servers say of each step how long it waited there, and ran; see
             `RemoteTrunk.timings`.
+        retry: How often, and how long, it is tried to go on when a Trunk is lost; `None` raises at
+            once.
+        history_limit: Bytes that are kept for each session in order to go on elsewhere.
 
     Returns:
         The model; `close()`, or the end of the `with` block, ends its sessions and connections.
@@ -101,7 +109,12 @@ def connect(
     )
     with ExitStack() as undo:
         trunks = reach_all(
-            links, token, None if ca_file is None else os.fspath(ca_file), timings=timings
+            links,
+            token,
+            None if ca_file is None else os.fspath(ca_file),
+            timings=timings,
+            retry=retry,
+            history_limit=history_limit,
         )
         for reached in trunks:
             undo.callback(reached.close)

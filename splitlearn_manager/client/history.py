@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from splitlearn_manager.config.retry import HISTORY_LIMIT
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 T = TypeVar("T")
-
-HISTORY_LIMIT = 256 * 1024 * 1024
-"""Bytes of steps that are kept for a session, unless told otherwise."""
 
 _ROW_BYTES = 8
 

@@ -128,7 +128,14 @@ def load_pipeline(
         minimind=options.minimind,
     )
     with ExitStack() as undo:
-        trunks = reach_all(options.links, token, options.ca_file, timings=timings)
+        trunks = reach_all(
+            options.links,
+            token,
+            options.ca_file,
+            timings=timings,
+            retry=options.retry,
+            history_limit=options.history_limit,
+        )
         for trunk in trunks:
             undo.callback(trunk.close)
         plan_around(found, trunks, options.split_points, allow_empty=options.allow_empty)

@@ -14,12 +14,11 @@ from splitlearn_core.hidden_state import HiddenState
 from splitlearn_manager.client.address import Address
 from splitlearn_manager.client.errors import RemoteError, RemoteSessionClosed, RemoteUnavailable
 from splitlearn_manager.client.healing import Healer
-from splitlearn_manager.client.history import HISTORY_LIMIT
 from splitlearn_manager.client.lasting import LastingSession
 from splitlearn_manager.client.remote_cache import CacheStep, RemoteCache, RemoteStep
 from splitlearn_manager.client.replicas import Replicas
 from splitlearn_manager.client.timings import Timings
-from splitlearn_manager.config.retry import RetryPolicy
+from splitlearn_manager.config.retry import HISTORY_LIMIT, RetryPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from splitlearn_core.dtypes import dtype_name
 from splitlearn_core.plan import SplitPlan
 from splitlearn_manager.client.errors import RemoteError, RemoteUnavailable
-from splitlearn_manager.client.remote import RemoteTrunk
+from splitlearn_manager.client.remote import RETRY, RemoteTrunk
+from splitlearn_manager.config.retry import HISTORY_LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from splitlearn_core.factory import OpenModel
     from splitlearn_manager.config.options import TrunkLink
+    from splitlearn_manager.config.retry import RetryPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,8 @@ def reach_all(
     ca_file: str | None,
     *,
     timings: bool = False,
+    retry: RetryPolicy | None = RETRY,
+    history_limit: int = HISTORY_LIMIT,
 ) -> list[RemoteTrunk]:
     """Return the Trunks, in the order of their layers, each at the first address that has it.
 
@@ -37,6 +41,8 @@ def reach_all(
         token: Bearer token for the servers.
         ca_file: PEM file with the certificates that `https` servers' must rest on.
         timings: Let the servers say how long each step waited there, and ran.
+        retry: How often, and how long, it is tried to go on when one is lost later.
+        history_limit: Bytes that are kept for each session in order to.
 
     Raises:
         RemoteUnavailable: (a `ConnectionError`) None of a Trunk's addresses answers; says why, of
@@ -45,35 +51,29 @@ def reach_all(
     with ExitStack() as undo:
         trunks = []
         for link in links:
-            trunks.append(_reach(link, token, ca_file, timings=timings))
-            undo.callback(trunks[-1].close)
+            trunk = RemoteTrunk(
+                link.trunk,
+                link.trunk_model_id,
+                token,
+                ca_file=ca_file,
+                timings=timings,
+                retry=retry,
+                history_limit=history_limit,
+            )
+            undo.callback(trunk.close)
+            _reach(trunk)
+            trunks.append(trunk)
         undo.pop_all()
     return trunks
 
 
-def _reach(
-    link: TrunkLink, token: str | None, ca_file: str | None, *, timings: bool
-) -> RemoteTrunk:
-    """Return the Trunk at the first address that has it."""
-    failures: list[RemoteError | RemoteUnavailable] = []
-    for address in link.trunk:
-        trunk = RemoteTrunk(
-            address, link.trunk_model_id, token=token, ca_file=ca_file, timings=timings
-        )
-        try:
-            logger.info(
-                "%s at %s has the layers [%d, %d)",
-                link.trunk_model_id,
-                address,
-                trunk.start_layer,
-                trunk.end_layer,
-            )
-        except (RemoteError, RemoteUnavailable) as error:
-            trunk.close()
-            failures.append(error)
-        else:
-            return trunk
-    raise RemoteUnavailable("; ".join(map(str, failures)))
+def _reach(trunk: RemoteTrunk) -> None:
+    """Ask a Trunk what it is."""
+    try:
+        layers = trunk.start_layer, trunk.end_layer
+    except RemoteError as error:
+        raise RemoteUnavailable(str(error)) from error
+    logger.info("%s at %s has the layers [%d, %d)", trunk.model_id, trunk.url, *layers)
 
 
 def plan_around(

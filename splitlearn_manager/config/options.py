@@ -11,7 +11,8 @@ from pydantic import BeforeValidator
 
 from splitlearn_core.checkpoint.minimind import check_options
 from splitlearn_core.plan import BOTTOM, FULL, TOP, TRUNK
-from splitlearn_manager.config.fields import ModelId, PathText, SplitPoints, Text
+from splitlearn_manager.config.fields import ByteCount, ModelId, PathText, SplitPoints, Text
+from splitlearn_manager.config.retry import HISTORY_LIMIT, Retry, RetryPolicy
 from splitlearn_manager.config.secrets import check_token_source
 from splitlearn_manager.config.section import build, found, section
 from splitlearn_manager.errors import ConfigError, Problem
@@ -165,6 +166,9 @@ class PipelineOptions:
         token_file: File with the bearer token for the addresses.
         token_env: Environment variable with that token.
         ca_file: PEM file with the certificates that those of `https` addresses must rest on.
+        retry: How often, and how long, it is tried to go on when a Trunk is lost: `attempts`,
+            `base`, `maximum` and `total`, the last three in seconds.
+        history_limit: Bytes that are kept for each session in order to go on elsewhere.
         cache_dir: As for a part.
         low_memory: As for a part.
         revision: As for a part.
@@ -184,6 +188,8 @@ class PipelineOptions:
     token_file: PathText | None = None
     token_env: Text | None = None
     ca_file: PathText | None = None
+    retry: Retry = RetryPolicy()
+    history_limit: ByteCount = HISTORY_LIMIT
     cache_dir: PathText | None = None
     low_memory: bool = True
     revision: Text | None = None

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BeforeValidator
 
 from splitlearn_manager.config.fields import Seconds
-from splitlearn_manager.config.section import found, section
+from splitlearn_manager.config.section import build, found, section
 from splitlearn_manager.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+HISTORY_LIMIT = 256 * 1024 * 1024
+"""Bytes of steps that a client keeps for a session, to send them again, unless told otherwise."""
 
 _MOST_DOUBLINGS = 60
 """By then any pause is longer than the longest; a float has room for it, and not for any number."""
@@ -54,3 +59,11 @@ class RetryPolicy:
                 same server don't all come back at once.
         """
         return draw(0.0, self.longest(rounds))
+
+
+def _policy(value: Any) -> Any:
+    """Return a policy, checked as the section it is."""
+    return value if isinstance(value, RetryPolicy) else build(RetryPolicy, value)
+
+
+Retry = Annotated[RetryPolicy, BeforeValidator(_policy)]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from splitlearn_manager.config import ModelConfig, PartOptions, PipelineOptions, TrunkLink
+from splitlearn_manager.config.retry import RetryPolicy
 from splitlearn_manager.errors import ConfigError
 
 
@@ -211,6 +212,15 @@ def test_a_pipeline_has_one_link_for_each_trunk() -> None:
     ).pipeline.links == (TrunkLink(("http://a:1",), "t-0"), TrunkLink(both, "t-1"))
 
 
+def test_a_pipeline_says_how_it_tries_to_go_on() -> None:
+    retry = {"attempts": 3, "base": 1, "maximum": 20.5, "total": 300}
+    found = pipeline(retry=retry, history_limit="1 GiB").pipeline
+
+    assert found.retry == RetryPolicy(attempts=3, base=1.0, maximum=20.5, total=300.0)
+    assert found.history_limit == 2**30
+    assert pipeline(retry=None).pipeline.retry == RetryPolicy()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -233,6 +243,11 @@ def test_a_pipeline_has_one_link_for_each_trunk() -> None:
         ),
         ({"split_points": [2, 4, 6]}, "config.split_points: 3 split_points need 2 Trunk(s), found"),
         ({"split_points": None}, "config.split_points: is missing"),
+        ({"retry": {"attempts": 0}}, "config.retry.attempts: must be 1 or more, found 0 (int)"),
+        ({"retry": {"atempts": 3}}, "config.retry.atempts: unknown key; did you mean 'attempts'?"),
+        ({"retry": {"total": -1}}, "config.retry.total: must be a number of seconds, 0 or more"),
+        ({"retry": 5}, "config.retry: must be a mapping"),
+        ({"history_limit": "much"}, "config.history_limit: must be a number of bytes"),
         ({"token_file": "a", "token_env": "B"}, "config.token_env: give token_file or token_env"),
         ({"component": "trunk"}, "config.component: unknown key"),
     ],
