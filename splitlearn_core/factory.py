@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.builder import build_part, draw
@@ -125,6 +125,7 @@ def load_component(
     allow_uncertified: bool = False,
     quantization: str | None = None,
     minimind: Mapping[str, Any] | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> SplitModel:
     """Load one part, from the open checkpoint, with that part's memory alone.
 
@@ -151,9 +152,11 @@ def load_component(
             inference on a CPU, see `splitlearn_core.quantization`; `None` changes nothing.
         minimind: Of a MiniMind file, what it does not tell: `num_attention_heads`, `rope_theta`,
             `rms_norm_eps`, …; MiniMind's defaults hold otherwise.
+        adapter: A LoRA adapter (peft's folder, or MiniMind's file) whose change is added into the
+            weights; of a part, its own share of the whole model's adapter.
 
     Raises:
-        ModelSourceError: (a `FileNotFoundError`) There is no such model.
+        ModelSourceError: (a `FileNotFoundError`) There is no such model, or no such adapter.
         CheckpointError: (a `ValueError`) The checkpoint is damaged or incomplete.
         FetchError: (a `ConnectionError`) The hub failed, again and again.
         StorageError: (an `OSError`) What comes from the hub can't be written.
@@ -165,6 +168,7 @@ def load_component(
         KeyError: No component of that name.
     """
     placement = _placement(device, dtype, quantization, mmap=mmap)
+    _check_adapter(adapter, quantization)
     model = find_model(
         model_name_or_path,
         model_type=model_type,
@@ -189,6 +193,10 @@ def load_component(
         )
     if settings is not None:
         part.model.generation_config = settings
+    if adapter is not None:
+        from splitlearn_core.checkpoint.lora import fold_lora  # noqa: PLC0415 - needs peft
+
+        fold_lora(part, adapter)
     return part
 
 
@@ -209,6 +217,7 @@ def estimate_component(
     quantization: str | None = None,
     warm_up_positions: int = 0,
     minimind: Mapping[str, Any] | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> MemoryEstimate:
     """Return what `load_component` with the same arguments will need, from headers alone.
 
@@ -217,6 +226,7 @@ def estimate_component(
     It raises what `load_component` would raise, but for weights that turn out to be unreadable.
     """
     placement = _placement(device, dtype, quantization, mmap=mmap)
+    _check_adapter(adapter, quantization)
     model = find_model(
         model_name_or_path,
         model_type=model_type,
@@ -232,7 +242,21 @@ def estimate_component(
             model.config, spec, source, model.description, model.family, placement.dtype
         )
         packing = plan_packing(blueprint.model, blueprint.family, spec, blueprint.reads, placement)
-        return estimate_part(blueprint, placement, packing, warm_up_positions)
+        estimate = estimate_part(blueprint, placement, packing, warm_up_positions)
+    if adapter is None:
+        return estimate
+    from splitlearn_core.checkpoint.adapter_folder import folding_nbytes  # noqa: PLC0415
+
+    return replace(estimate, peak_bytes=estimate.peak_bytes + folding_nbytes(adapter))
+
+
+def _check_adapter(adapter: str | os.PathLike[str] | None, quantization: str | None) -> None:
+    """Refuse to pack weights that are still to be changed."""
+    if adapter is not None and quantization is not None:
+        raise ValueError(
+            "an adapter can't be added into packed weights: merge it first (merge_lora,"
+            " save_weights), and load what was saved with quantization"
+        )
 
 
 def _placement(

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from splitlearn_core.adapter_layers import refuse_adapters
 from splitlearn_core.builder import build_part
 from splitlearn_core.devices import check_device
 from splitlearn_core.dtypes import as_dtype, dtype_name
@@ -96,6 +97,7 @@ class FileRecord:
 
 def save_part(part: SplitModel, path: str | os.PathLike[str]) -> None:
     """Write `part` as a folder, see `SplitModel.save`; `…/trunk.pt` means the folder `…/trunk`."""
+    refuse_adapters(part)
     folder = part_folder(path)
     folder.mkdir(parents=True, exist_ok=True)
     with _writing(folder), ExitStack() as last_first:

@@ -9,9 +9,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from splitlearn_core.checkpoint.adapter_folder import join_adapters
     from splitlearn_core.checkpoint.giving import TrainingState
     from splitlearn_core.checkpoint.load import load_weights
     from splitlearn_core.checkpoint.load_report import LoadReport
+    from splitlearn_core.checkpoint.lora import (
+        LoraReport,
+        active_lora,
+        add_lora,
+        load_lora,
+        lora_disabled,
+        lora_names,
+        merge_lora,
+        remove_lora,
+        save_lora,
+        set_lora,
+    )
     from splitlearn_core.checkpoint.minimind import MiniMindName
     from splitlearn_core.checkpoint.parameters import ParameterCounts, count_parameters
     from splitlearn_core.checkpoint.resume import Checkpointer, load_checkpoint, save_checkpoint
@@ -24,36 +37,58 @@ __all__ = [
     "Batches",
     "Checkpointer",
     "LoadReport",
+    "LoraReport",
     "MiniMindName",
     "ParameterCounts",
     "ResumableSampler",
     "SavedWeights",
     "TrainingFile",
     "TrainingState",
+    "active_lora",
+    "add_lora",
     "count_parameters",
+    "join_adapters",
     "load_checkpoint",
+    "load_lora",
     "load_weights",
+    "lora_disabled",
+    "lora_names",
+    "merge_lora",
     "read_training_file",
+    "remove_lora",
     "save_checkpoint",
+    "save_lora",
     "save_weights",
+    "set_lora",
 ]
 
 _HOMES = {
     "Batches": "world",
     "Checkpointer": "resume",
     "LoadReport": "load_report",
+    "LoraReport": "lora",
     "MiniMindName": "minimind",
     "ParameterCounts": "parameters",
     "ResumableSampler": "sampler",
     "SavedWeights": "weights",
-    "TrainingState": "giving",
     "TrainingFile": "training_file",
+    "TrainingState": "giving",
+    "active_lora": "lora",
+    "add_lora": "lora",
     "count_parameters": "parameters",
+    "join_adapters": "adapter_folder",
     "load_checkpoint": "resume",
+    "load_lora": "lora",
     "load_weights": "load",
-    "save_checkpoint": "resume",
+    "lora_disabled": "lora",
+    "lora_names": "lora",
+    "merge_lora": "lora",
     "read_training_file": "training_file",
+    "remove_lora": "lora",
+    "save_checkpoint": "resume",
+    "save_lora": "lora",
     "save_weights": "weights",
+    "set_lora": "lora",
 }
 
 

@@ -268,7 +268,7 @@ class _Reading:
                 f" it has {listed(own, 6)}"
             )
         self._is_first = "tok_embeddings.weight" in shapes
-        self._names = {_hf_name(name): name for name in own} if self._is_first else None
+        self._names = {hugging_face_name(name): name for name in own} if self._is_first else None
         self._stored = self._names or {name: name for name in own}
         self._has_norms = self._has("self_attn.q_norm.weight")
         self._is_moe = self._has("mlp.gate.weight")
@@ -508,8 +508,8 @@ for _settings in _DEFAULTS.values():
     _settings |= {"bos_token_id": 1, "eos_token_id": 2}
 
 
-def _hf_name(name: str) -> str:
-    """Return Hugging Face's name for a tensor of generation 1."""
+def hugging_face_name(name: str) -> str:
+    """Return Hugging Face's name for a tensor of generation 1; any other as it is."""
     found = _LAYER.fullmatch(name)
     if found is None:
         return _FIRST.get(name, name)

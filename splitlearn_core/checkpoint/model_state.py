@@ -13,6 +13,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 
+from splitlearn_core.adapter_layers import refuse_adapters
 from splitlearn_core.causal_lm import SplitCausalLM
 from splitlearn_core.checkpoint.wrappers import fsdp1_modules, plain_name, unwrapped
 from splitlearn_core.errors import PackedWeightsError
@@ -70,7 +71,7 @@ def state_of(model: nn.Module) -> Iterator[ModelState]:
         PackedWeightsError: (a `RuntimeError`) Its weights are packed.
         ValueError: It has adapters, tensors on meta, or parts that are elsewhere.
     """
-    _check_adapters(model)
+    refuse_adapters(model)
     if not fsdp1_modules(model):
         yield _state(model)
         return
@@ -149,12 +150,3 @@ def _own(module: nn.Module) -> nn.Module:
             " quantization to save it"
         )
     return unwrapped(module.model)
-
-
-def _check_adapters(model: nn.Module) -> None:
-    """Refuse a model with adapters: of what it computes, its weights alone would be a part."""
-    if any(hasattr(module, "lora_A") for module in model.modules()):
-        raise ValueError(
-            "this model has LoRA adapters, which its weights alone would lose: merge them first"
-            " (merge_lora), or save them by themselves (save_lora)"
-        )

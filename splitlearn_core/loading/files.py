@@ -22,7 +22,8 @@ TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 SAFETENSORS_SUFFIX = ".safetensors"
 _MERGE = (
     "merge it into its model first (merge_and_unload of peft, then save_pretrained), and split what"
-    " was saved"
+    " was saved; or name the model's own folder, and this one as its adapter (load_component's"
+    " adapter, `config: {adapter: FOLDER}` of a ModelConfig, or load_lora)"
 )
 _BUILTIN_FOLDER = Path(__file__).resolve().parent.parent / "builtin"
 

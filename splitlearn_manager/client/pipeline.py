@@ -170,6 +170,7 @@ def estimate_pipeline(config: ModelConfig) -> MemoryEstimate:
             mmap=options.mmap,
             allow_uncertified=options.allow_uncertified,
             minimind=options.minimind,
+            adapter=options.adapter,
             quantization=options.quantization,
             warm_up_positions=warm_up_positions(config),
         )
@@ -194,5 +195,6 @@ def _load_end(config: ModelConfig, name: str, progress: Progress | None) -> Spli
         progress=progress,
         allow_uncertified=options.allow_uncertified,
         minimind=options.minimind,
+        adapter=options.adapter,
         quantization=options.quantization,
     )

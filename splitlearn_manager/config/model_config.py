@@ -198,6 +198,8 @@ class ModelConfig:
         if quantization is None:
             return
         refusal = dtype_refusal(quantization, self.dtype) if self.dtype is not None else None
+        if self.options.adapter is not None:
+            refusal = "excludes adapter: merge it first, and load what was saved"
         try:
             check_quantization(quantization, self.device)
         except ValueError as error:

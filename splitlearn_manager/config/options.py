@@ -122,6 +122,9 @@ class PartOptions:
             relative to the working directory of the process.
         minimind: Of a MiniMind file, what it does not tell (`num_attention_heads`, `rope_theta`,
             `rms_norm_eps`, …); says that the file is one, if `model_type` does not.
+        adapter: Folder of a LoRA adapter (or MiniMind's file of one), whose change is added into
+            the part's weights as they are loaded; not with `quantization`.  A relative path is
+            relative to the working directory of the process.
     """
 
     component: str = FULL
@@ -136,6 +139,7 @@ class PartOptions:
     quantization: Quantization | None = None
     chat_template: PathText | None = None
     minimind: MiniMindOptions | None = None
+    adapter: PathText | None = None
 
     def __post_init__(self) -> None:
         """Check the component against the cuts."""
@@ -179,6 +183,7 @@ class PipelineOptions:
         quantization: Of Bottom and Top, as for a part.
         chat_template: As for a whole model.
         minimind: As for a part.
+        adapter: Of Bottom and Top, as for a part; the Trunk's is given where it is served.
     """
 
     split_points: SplitPoints
@@ -200,6 +205,7 @@ class PipelineOptions:
     quantization: Quantization | None = None
     chat_template: PathText | None = None
     minimind: MiniMindOptions | None = None
+    adapter: PathText | None = None
 
     def __post_init__(self) -> None:
         """Check that the Trunks fit the cuts."""

@@ -119,6 +119,7 @@ def _arguments(config: ModelConfig) -> dict[str, Any]:
         "allow_uncertified": part.allow_uncertified,
         "quantization": part.quantization,
         "minimind": part.minimind,
+        "adapter": part.adapter,
     }
 
 
