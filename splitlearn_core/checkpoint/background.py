@@ -5,8 +5,8 @@ from __future__ import annotations
 import atexit
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, TypeVar
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
 
 from splitlearn_core.messages import in_one_line
 
@@ -62,3 +62,19 @@ class Background(Generic[T]):
         error = self._work.exception() if self._work is not None else None
         if error is not None:
             logger.error("what was begun in the background failed: %s", in_one_line(error))
+
+
+class Here(Executor):
+    """Does everything in the calling thread, at once: where no other thread is to be had.
+
+    That is so while the interpreter waits for its threads at its end, too.
+    """
+
+    def submit(self, fn: Callable[..., T], /, *given: Any, **named: Any) -> Future[T]:
+        """Return what is done already."""
+        future: Future[T] = Future()
+        try:
+            future.set_result(fn(*given, **named))
+        except Exception as error:  # noqa: BLE001 - raised where the result is asked for
+            future.set_exception(error)
+        return future

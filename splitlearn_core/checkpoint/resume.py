@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from splitlearn_core.checkpoint import archive, folders
 from splitlearn_core.checkpoint.archive import Content, Writer
-from splitlearn_core.checkpoint.background import Background
+from splitlearn_core.checkpoint.background import Background, Here
 from splitlearn_core.checkpoint.disk import Disk
 from splitlearn_core.checkpoint.encoding import Encoded, encode
 from splitlearn_core.checkpoint.exchange import Exchange, Ranks
@@ -206,14 +206,10 @@ class Checkpointer:
             tensors = {name: part.tensors for name, part in content.parts.items()}
             copies = self._snapshot.take(tensors, copying)
         content.parts = {n: Encoded(p.tree, copies[n]) for n, p in content.parts.items()}
-        self._background.begin(lambda: self._write_quietly(content))
+        # writing and hashing in one thread: the others are training's
+        self._background.begin(lambda: self._writer(Here()).write(content))
 
-    def _write_quietly(self, content: Content) -> Checkpoint:
-        """Write with one thread beside this one: the others are training's."""
-        with ThreadPoolExecutor(1, "splitlearn-hash") as hashing:
-            return self._writer(hashing).write(content)
-
-    def _writer(self, hashing: ThreadPoolExecutor) -> Writer:
+    def _writer(self, hashing: Executor) -> Writer:
         return Writer(self.folder, self._keep_last, self._disk, hashing)
 
     # --- Looking
