@@ -53,6 +53,9 @@ CAMPAIGNS = {
     "checkpoints": Campaign(
         "checkpoints", 2500, "damaged checkpoints, loaded in every way under limits"
     ),
+    "training": Campaign(
+        "training", 12, "training on real text, killed and gone on with at 1 and 2 ranks"
+    ),
     "architectures": Campaign(
         "architectures", 140, "every certified type, cut at random into 3, 4, 5 and 6 parts"
     ),

@@ -92,7 +92,10 @@ class ResumableSampler(Sampler[list[int]]):
 
     @property
     def at_step(self) -> bool:
-        """Whether what `track` has handed out so far makes whole steps."""
+        """Whether the batch that `track` handed out last completes a step.
+
+        Until then gradients can stay on their rank (`DistributedDataParallel.no_sync`).
+        """
         return self._forwards % self.accumulation == 0
 
     @property

@@ -35,5 +35,6 @@ BENCHMARKS = {
     "generate": Benchmark(
         "splitlearn_manager.bench.generate", ("parts", "loopback", "delayed", "lookup")
     ),
+    "checkpoint": Benchmark("splitlearn_manager.bench.checkpoint", ("save", "background", "load")),
     "quantization": Benchmark("splitlearn_manager.bench.quantization", ("trunk", "demo")),
 }

@@ -89,7 +89,7 @@ def measure(job: Job, environment: Mapping[str, str] | None = None) -> Measureme
         BenchError: The system tells nothing of a process's memory, or the process failed; says
             how it ended and what it wrote.
     """
-    with _started(job, environment or {}) as child:
+    with started("splitlearn_manager.bench.child", job.to_json(), environment) as child:
         child.answer()
         anonymous, resident = child.anonymous(), child.resident()
         steps: dict[str, StepFigures] = {}
@@ -115,16 +115,26 @@ def figures_of(module: str, task: str, **arguments: Any) -> Any:
 
 
 @contextmanager
-def _started(job: Job, environment: Mapping[str, str]) -> Iterator[_Child]:
-    """Start a process for a job, and end it with the block."""
+def started(
+    module: str, line: str, environment: Mapping[str, str] | None = None
+) -> Iterator[Child]:
+    """Start a module of ours in a fresh process, to be watched, and end it with the block.
+
+    Args:
+        module: Reads lines, each of which lets it take a step, and answers with lines of JSON.
+        line: The first that it reads.
+        environment: Variables to set for it.
+
+    Raises:
+        BenchError: The system tells nothing of a process's memory.
+    """
     if not Path("/proc/self/smaps_rollup").is_file():
         raise BenchError("memory is measured through Linux's /proc, which is not here")
-    command = [sys.executable, "-m", "splitlearn_manager.bench.child"]
     with (
         tempfile.TemporaryFile("w+", errors="replace") as stderr,
         subprocess.Popen(  # noqa: S603 - this very Python, and a module of our own
-            command,
-            env={**os.environ, **environment},
+            [sys.executable, "-m", module],
+            env={**os.environ, **(environment or {})},
             bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -132,14 +142,14 @@ def _started(job: Job, environment: Mapping[str, str]) -> Iterator[_Child]:
         ) as process,
     ):
         try:
-            child = _Child(process, stderr)
-            child.tell(job.to_json())
+            child = Child(process, stderr)
+            child.tell(line)
             yield child
         finally:
             process.kill()
 
 
-class _Child:
+class Child:
     """A measured process, as seen from outside."""
 
     def __init__(self, process: subprocess.Popen[bytes], stderr: IO[str]) -> None:
@@ -165,11 +175,11 @@ class _Child:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def go(self) -> tuple[dict[str, Any], int]:
+    def go(self, line: str = "") -> tuple[dict[str, Any], int]:
         """Let it take the next step; return its answer and the peak of its anonymous bytes."""
         status = os.open(self._folder / "status", os.O_RDONLY)
         try:
-            self.tell("")
+            self.tell(line)
             peak = _anonymous(status)
             while not select.select([self._answers], [], [], _INTERVAL_SECONDS)[0]:
                 peak = max(peak, _anonymous(status))
