@@ -234,15 +234,16 @@ class SplitModel(nn.Module):
         self._check_cache(past_key_values, use_cache)
         if not (self.spec.is_last or self._owns_sharing_layers):
             kwargs.pop("logits_to_keep", None)
+        device = self.device  # found anew each time, which takes a while
         arguments = {
-            "attention_mask": self._here(attention_mask),
-            "position_ids": self._here(position_ids),
+            "attention_mask": None if attention_mask is None else attention_mask.to(device),
+            "position_ids": None if position_ids is None else position_ids.to(device),
             self._family.cache_argument: past_key_values,
             **kwargs,
         }
         if use_cache is not None or past_key_values is not None:
             arguments["use_cache"] = past_key_values is not None or use_cache
-        output = self._run(inputs.to(self.device), arguments)
+        output = self._run(inputs.to(device), arguments)
         if isinstance(past_key_values, PartCache):
             new = inputs.new if isinstance(inputs, HiddenState) else inputs.shape[1]
             past_key_values.advance_ghosts(new)
@@ -326,10 +327,6 @@ class SplitModel(nn.Module):
             return False
         modes: Any = getattr(self._decoder_config, "kv_sharing_modes", ())
         return "reuse" in modes[self.start_layer : self.end_layer]
-
-    def _here(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        """Return `tensor` on this part's device."""
-        return None if tensor is None else tensor.to(self.device)
 
     def _check_cache(self, cache: Cache | None, use_cache: bool | None) -> None:
         """Refuse a cache that would be filled wrongly, or a wish that can't be met."""

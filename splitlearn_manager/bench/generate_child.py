@@ -64,8 +64,8 @@ def ways(
     """Generate with the unsplit model, with parts here, and with the Trunk behind addresses.
 
     Returns:
-        For each way its rounds' seconds in all and to the first token; the bytes of a token over
-        loopback; whether all ways gave the same tokens; and where the time of a token went.
+        For each way its rounds' seconds in all, to the first token and of CPU; the bytes of a token
+        over loopback; whether all ways gave the same tokens; and where the time of a token went.
     """
     unsplit, _ = load_full_model(model, dtype=dtype)
     bottom, trunk, top = (
@@ -120,9 +120,12 @@ def _turned(names: list[str], number: int) -> list[str]:
 
 
 def _generate(model: Any, ids: torch.Tensor, new: int) -> tuple[list[float], list[int]]:
-    """Generate greedily; return the seconds in all and to the first token, and the tokens."""
+    """Generate greedily; return the seconds in all, to the first token and of CPU, and the tokens.
+
+    Those of CPU are this process' alone.
+    """
     clock = _Clock()
-    start = time.perf_counter()
+    start, computing = time.perf_counter(), time.process_time()
     made = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -132,7 +135,9 @@ def _generate(model: Any, ids: torch.Tensor, new: int) -> tuple[list[float], lis
         pad_token_id=0,
         streamer=clock,
     )
-    return [time.perf_counter() - start, clock.times[1] - start], made[0].tolist()
+    computed = time.process_time() - computing
+    times = [time.perf_counter() - start, clock.times[1] - start, computed]
+    return times, made[0].tolist()
 
 
 def _bytes_of_a_token(model: Any, proxy: DelayingProxy, ids: torch.Tensor, new: int) -> float:
