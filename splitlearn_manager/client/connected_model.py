@@ -63,8 +63,8 @@ def connect(
     Args:
         model: Folder, `builtin:NAME`, hub name, or weights file.
         split_points: Layer numbers of the cuts; `None` takes those that the Trunks' layers make.
-        trunk: Address of the only Trunk, or several addresses that serve this same Trunk, tried
-            in their order.
+        trunk: Address of the only Trunk, or several addresses that serve this same Trunk: the first
+            that answers is used, and when it is lost, generation goes on at another.
         chain: Several Trunks in a row, instead of `trunk`, in the order of their layers:
             `{"trunk": address or addresses, "trunk_model_id": id}` for each.
         trunk_model_id: The Trunk's id on its server; `trunk` when left out.
@@ -91,6 +91,7 @@ def connect(
         The model; `close()`, or the end of the `with` block, ends its sessions and connections.
 
     Raises:
+        RemoteError: (a `RuntimeError`) A Trunk's only address has no such Trunk; lists what it has.
         RemoteUnavailable: (a `ConnectionError`) None of a Trunk's addresses answers.
         ValueError: A Trunk is of another model, has other layers or computes in another dtype; or
             an argument is wrong.

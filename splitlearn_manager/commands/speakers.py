@@ -265,7 +265,7 @@ def _found_at(link: TrunkLink, token: str | None, ca_file: str | None) -> tuple[
     from splitlearn_manager.config.options import TrunkLink  # noqa: PLC0415
 
     def is_there(model_id: str) -> bool:
-        with RemoteTrunk(link.trunk[0], model_id, token=token, ca_file=ca_file) as trunk:
+        with RemoteTrunk(link.trunk, model_id, token=token, ca_file=ca_file) as trunk:
             try:
                 return trunk.start_layer >= 0
             except RemoteError as error:
