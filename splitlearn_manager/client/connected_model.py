@@ -43,6 +43,8 @@ def connect(
     revision: str | None = None,
     hub_token: str | bool | None = None,
     quantization: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    minimind: Mapping[str, Any] | None = None,
     mmap: bool = True,
     allow_empty: bool = False,
     allow_uncertified: bool = False,
@@ -76,6 +78,9 @@ def connect(
         revision: Branch, tag or commit on the hub.
         hub_token: For the hub; `None` uses `HF_TOKEN` or the login.
         quantization: Of Bottom and Top, as in `load_component`.
+        adapter: A LoRA adapter that is added into Bottom and Top, as in `load_component`; the
+            Trunk's is given where it is served.
+        minimind: Of a MiniMind file, what it does not tell, as in `load_component`.
         mmap: Let weights stay views of their file, where nothing must change.
         allow_empty: Let Bottom or Top have no layers.
         allow_uncertified: Let in an architecture that was not certified.
@@ -91,7 +96,6 @@ def connect(
         The model; `close()`, or the end of the `with` block, ends its sessions and connections.
 
     Raises:
-        RemoteError: (a `RuntimeError`) A Trunk's only address has no such Trunk; lists what it has.
         RemoteUnavailable: (a `ConnectionError`) None of a Trunk's addresses answers.
         ValueError: A Trunk is of another model, has other layers or computes in another dtype; or
             an argument is wrong.
@@ -107,6 +111,7 @@ def connect(
         revision=revision,
         token=hub_token,
         allow_uncertified=allow_uncertified,
+        minimind=minimind,
     )
     with ExitStack() as undo:
         trunks = reach_all(
@@ -127,6 +132,8 @@ def connect(
             "revision": revision,
             "token": hub_token,
             "quantization": quantization,
+            "adapter": adapter,
+            "minimind": minimind,
             "mmap": mmap,
             "allow_empty": True,  # the plan was checked
             "allow_uncertified": allow_uncertified,
