@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from splitlearn_core.atomic_files import replacing, sync
 from splitlearn_core.causal_lm import SplitCausalLM
+from splitlearn_core.checkpoint.parameters import count_parameters
 from splitlearn_core.checkpoint.wrappers import unwrapped
 from splitlearn_core.dtypes import dtype_name
 from splitlearn_core.headers import SINGLE_FILE
@@ -39,12 +41,14 @@ class ModelFolder:
         config: The whole model's.
         settings: How it generates; `None` where there is no head, or nothing is said.
         part: The part whose folder it is; `None` where it is a whole model's.
+        num_parameters: Of all of it, also where ranks hold shares.
     """
 
     model: PreTrainedModel
     config: PreTrainedConfig
     settings: GenerationConfig | None
     part: SplitModel | None
+    num_parameters: int
 
     @property
     def is_whole(self) -> bool:
@@ -75,7 +79,8 @@ class ModelFolder:
         has_head = part is None or part.spec.is_last
         source = within if isinstance(within, SplitCausalLM) else inner
         settings = getattr(source, "generation_config", None) if has_head else None
-        return cls(inner, inner.config, settings, None if is_whole else part)
+        number = count_parameters(model).total
+        return cls(inner, inner.config, settings, None if is_whole else part, number)
 
 
 def _check_free(folder: Path, *, is_whole: bool) -> None:
@@ -135,7 +140,7 @@ def write_folder(
         if kind.part is not None and manifest is not None:
             records = {name: FileRecord.of(file) for name, file in new.items()}
             records[SINGLE_FILE] = FileRecord.of(weights)
-            manifest.write_text(_manifest(kind.part, dtype, records), encoding="utf-8")
+            manifest.write_text(_manifest(kind, kind.part, dtype, records), encoding="utf-8")
             sync(manifest)
         for file in (*new.values(), weights):
             sync(file)  # whatever the disk refuses it refuses now, before the first is replaced
@@ -149,8 +154,14 @@ def _config_text(kind: ModelFolder, dtype: torch.dtype) -> str:
     config = copy.deepcopy(kind.config)
     config.dtype = dtype_name(dtype)
     if kind.is_whole:
-        config.architectures = [type(kind.model).__name__]
+        config.architectures = [architecture_of(kind.model)]
     return str(config.to_json_string(use_diff=kind.is_whole))
+
+
+def architecture_of(model: PreTrainedModel) -> str:
+    """Return the name of a model's own class: FSDP2 puts one of its own making before it."""
+    made = type(model).__mro__
+    return next(kind.__name__ for kind in made if not issubclass(kind, FSDPModule))
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path, last_first: ExitStack) -> None:
@@ -164,13 +175,15 @@ def _save_tokenizer(tokenizer: Any, folder: Path, last_first: ExitStack) -> None
         path.replace(place)
 
 
-def _manifest(part: SplitModel, dtype: torch.dtype, files: dict[str, FileRecord]) -> str:
+def _manifest(
+    kind: ModelFolder, part: SplitModel, dtype: torch.dtype, files: dict[str, FileRecord]
+) -> str:
     """Return the text of a part's manifest."""
     return Manifest(
         spec=part.spec,
         model_type=part.config.model_type,
         num_layers=part.num_layers,
-        num_parameters=part.num_parameters(),
+        num_parameters=kind.num_parameters,
         dtype=dtype_name(dtype),
         files=files,
     ).to_json()

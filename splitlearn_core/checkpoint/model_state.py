@@ -18,10 +18,11 @@ from splitlearn_core.causal_lm import SplitCausalLM
 from splitlearn_core.checkpoint.wrappers import fsdp1_modules, plain_name, unwrapped
 from splitlearn_core.errors import PackedWeightsError
 from splitlearn_core.headers import listed
+from splitlearn_core.sharded.gathering import Gathering, can_gather, gathering
 from splitlearn_core.split_model import SplitModel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,19 @@ class ModelState:
         sharded: Whether ranks hold shares, and must read the same names in the same order.
         lent: Whether their memory will be taken back: FSDP1 could not, had anybody looked at it
             by way of NumPy, so that what is read is a copy.
+        gather: Puts one together on rank 0 alone; `tensors` then have no values.
     """
 
     tensors: Mapping[str, torch.Tensor]
     twins: Mapping[str, str]
     sharded: bool
     lent: bool = False
+    gather: Callable[[str], torch.Tensor] | None = None
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor whole; of a sharded model every rank must ask for it."""
+        if self.gather is not None:
+            return self.gather(name)
         tensor = whole_tensor(self.tensors[name])
         return tensor.clone() if self.lent else tensor
 
@@ -64,14 +69,19 @@ def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def state_of(model: nn.Module) -> Iterator[ModelState]:
     """Lend the state of a model: a part's, a chain's of parts, transformers' or any module's.
 
-    Of a model that FSDP1 shards the whole is put together for as long, in the memory of rank 0,
-    which alone has names then; of one that FSDP2 shards nothing is until it is read.
+    Of a model that FSDP shards nothing is put together until it is read, and then on rank 0 alone.
+    Where FSDP1 has not kept the original parameters, it is put together for as long, in the memory
+    of rank 0, which alone has names then.
 
     Raises:
         PackedWeightsError: (a `RuntimeError`) Its weights are packed.
         ValueError: It has adapters, tensors on meta, or parts that are elsewhere.
     """
     refuse_adapters(model)
+    if can_gather(model):
+        with gathering(model) as gathered:
+            yield _sharded_state(model, gathered)
+        return
     if not fsdp1_modules(model):
         yield _state(model)
         return
@@ -84,6 +94,24 @@ def state_of(model: nn.Module) -> Iterator[ModelState]:
     ):
         state = _state(model) if distributed.get_rank() == 0 else ModelState({}, {}, sharded=True)
         yield replace(state, sharded=True, lent=True)
+
+
+def _sharded_state(model: nn.Module, gathered: Gathering) -> ModelState:
+    """Describe a sharded model's tensors; each is put together when it is read."""
+    local = _state(model)
+    tensors = {
+        name: torch.empty(gathered.shapes[name], dtype=gathered.dtypes[name], device="meta")
+        if name in gathered.shapes
+        else tensor
+        for name, tensor in local.tensors.items()
+    }
+
+    def gather(name: str) -> torch.Tensor:
+        if name in gathered.shapes:
+            return gathered.read(name)
+        return whole_tensor(local.tensors[name])  # a buffer, which every rank has
+
+    return ModelState(tensors, local.twins, sharded=True, gather=gather)
 
 
 def _state(model: nn.Module) -> ModelState:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from splitlearn_core.atomic_files import replacing
@@ -66,7 +65,8 @@ def save_weights(
     shards it every rank must call this, and rank 0 writes.
 
     Peak memory beside the model: one tensor and 4 Mi elements.  More is needed for a torch file
-    (all tensors once more, where they are cast), and at rank 0 with FSDP1 (the whole state).
+    (all tensors once more, where they are cast), and at rank 0 with an FSDP1 that was not told to
+    `use_orig_params` (the whole state).
 
     Args:
         model: A part, a chain of parts that are all here, transformers' model, or any module.
@@ -123,8 +123,8 @@ def _save(
 
     if not state.sharded:
         return write(state.read)
-    shared = any(isinstance(tensor, DTensor) for tensor in state.tensors.values())
-    return write_together(in_file_order(specs) if shared else (), state.read, write)
+    # where rank 0 has been lent the whole, the others have nothing to give
+    return write_together(() if state.lent else in_file_order(specs), state.read, write)
 
 
 def _specs(state: ModelState, dtype: torch.dtype | None) -> dict[str, TensorSpec]:
@@ -178,7 +178,9 @@ def _write_file(
         # the names that are left out, as safetensors' own save_model notes them
         write_tensors(file, specs, read, metadata=state.twins, hashed=False)
         return
-    tensors = {name: read(name).to("cpu", spec.dtype) for name, spec in specs.items()}
+    # in the order in which other ranks, if there are any, give them
+    held = {name: read(name).to("cpu", specs[name].dtype) for name in in_file_order(specs)}
+    tensors = {name: held[name] for name in specs}
     twins = {name: tensors[first] for name, first in state.twins.items()}
     own = {name: tensor.contiguous() for name, tensor in (tensors | twins).items()}
     torch.save(own, file)

@@ -10,7 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from splitlearn_core.sharded.adapters import save_adapter
     from splitlearn_core.sharded.dcp import check_optimizer, load_dcp, save_dcp
+    from splitlearn_core.sharded.full_state import load_full_state
+    from splitlearn_core.sharded.gathering import full_tensors
     from splitlearn_core.sharded.group import joined_group
     from splitlearn_core.sharded.load import load_sharded
     from splitlearn_core.sharded.report import RankReport, ShardReport, report_of
@@ -19,10 +22,13 @@ __all__ = [
     "RankReport",
     "ShardReport",
     "check_optimizer",
+    "full_tensors",
     "joined_group",
     "load_dcp",
+    "load_full_state",
     "load_sharded",
     "report_of",
+    "save_adapter",
     "save_dcp",
 ]
 
@@ -30,10 +36,13 @@ _HOMES = {
     "RankReport": "report",
     "ShardReport": "report",
     "check_optimizer": "dcp",
+    "full_tensors": "gathering",
     "joined_group": "group",
     "load_dcp": "dcp",
+    "load_full_state": "full_state",
     "load_sharded": "load",
     "report_of": "report",
+    "save_adapter": "adapters",
     "save_dcp": "dcp",
 }
 

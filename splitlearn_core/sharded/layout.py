@@ -111,8 +111,12 @@ def apply_sharding(shell: Shell, sharding: Sharding) -> nn.Module:
 def shares(module: nn.Module) -> Iterator[Share]:
     """Yield what this rank holds of each parameter of a sharded (or plain) model.
 
-    Of tied parameters the first name comes alone; plain parameters are held whole.
+    Of tied parameters the first name comes alone; plain parameters are held whole.  What FSDP2 has
+    gathered is let go first: it may be older than the share.
     """
+    for inner in module.modules():
+        if isinstance(inner, FSDPModule):
+            inner.reshard()
     flat = {id(p) for wrapped in fsdp1_modules(module) for p in _originals(wrapped)}
     prefix = "model." if isinstance(unwrapped(module), SplitModel) else ""
     for found in _fsdp1_shares(module):
@@ -133,7 +137,7 @@ def _fully_shard(shell: Shell, sharding: Sharding) -> nn.Module:
         mp_policy=policy,
         reshard_after_forward=sharding.reshard_after_forward,
     )
-    for unit in _units(shell):
+    for unit in _units(shell, only_trained=True):
         shard(unit)
     for layer in shell.layers:
         put_passage_outside(layer)
@@ -156,17 +160,22 @@ def _reshard_unless_training(root: nn.Module, *_: Any) -> None:
 def _give_memory(shell: Shell, device: torch.device) -> None:
     """Replace this rank's shards, which are on meta, by such as have memory.
 
-    That memory is not touched before values are put in; nothing else is moved.
+    That memory is not touched before values are put in; nothing else is moved, and what is tied
+    stays so.
     """
 
     def here(tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor
 
+    names: dict[int, list[str]] = {}
+    for name, parameter in shell.model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
     shell.root._apply(here)  # type: ignore[no-untyped-call]  # noqa: SLF001 - what `to_empty` does, but to what is on meta alone
-    for name, origin in shell.outline.ties.items():
-        path, _, last = name.rpartition(".")
-        twin = shell.model.get_parameter(origin)
-        shell.model.get_submodule(path)._parameters[last] = twin  # noqa: SLF001 - as it is loaded
+    for first, *twins in names.values():
+        for twin in twins:
+            path, _, last = twin.rpartition(".")
+            one = shell.model.get_parameter(first)
+            shell.model.get_submodule(path)._parameters[last] = one  # noqa: SLF001
 
 
 def _share(name: str, parameter: nn.Parameter) -> Share:
@@ -188,7 +197,7 @@ def _share(name: str, parameter: nn.Parameter) -> Share:
 
 
 def _wrap(shell: Shell, sharding: Sharding) -> nn.Module:
-    units = {id(unit) for unit in _units(shell)}
+    units = {id(unit) for unit in _units(shell, only_trained=False)}
     layers = {id(layer): layer for layer in shell.layers}
     precision = MixedPrecision(sharding.param_dtype, sharding.reduce_dtype)
     wrapped = Wrapped(
@@ -253,14 +262,16 @@ def _fsdp1_shares(module: nn.Module) -> Iterator[Share]:
 # --- units -------------------------------------------------------------------------------------
 
 
-def _units(shell: Shell) -> list[nn.Module]:
+def _units(shell: Shell, *, only_trained: bool) -> list[nn.Module]:
     """Return the modules that are gathered by themselves, inner ones first.
 
     They are the decoder layers, and within those (and the root) what has another dtype: torch
-    gathers one dtype at a time.
+    gathers one dtype at a time; FSDP2 minds only that of what is trained.
     """
     alone = [layer for layer in shell.layers if _owns_all(layer, shell)]
-    inner = [m for unit in [*alone, shell.root] for m in _of_other_dtypes(unit, alone)]
+    inner = [
+        m for unit in [*alone, shell.root] for m in _of_other_dtypes(unit, alone, only_trained)
+    ]
     distinct = {id(module): module for module in [*inner, *alone]}
     return list(distinct.values())
 
@@ -272,14 +283,16 @@ def _owns_all(layer: nn.Module, shell: Shell) -> bool:
     return bool(within) and all(users[key] == count for key, count in within.items())
 
 
-def _of_other_dtypes(unit: nn.Module, apart: list[nn.Module]) -> Iterator[nn.Module]:
+def _of_other_dtypes(
+    unit: nn.Module, apart: list[nn.Module], only_trained: bool
+) -> Iterator[nn.Module]:
     """Yield the modules within a unit whose parameters all have another dtype than most.
 
     Raises:
         UnsupportedModelError: (a `KeyError`) One module has parameters of several.
     """
     others = {id(p) for other in apart if other is not unit for p in other.parameters()}
-    own = [p for p in unit.parameters() if id(p) not in others and p.requires_grad]
+    own = [p for p in unit.parameters() if id(p) not in others and _counts(p, only_trained)]
     sizes: Counter[torch.dtype] = Counter()
     for parameter in own:
         sizes[parameter.dtype] += parameter.numel()
@@ -287,7 +300,7 @@ def _of_other_dtypes(unit: nn.Module, apart: list[nn.Module]) -> Iterator[nn.Mod
         return
     [(main, _)] = sizes.most_common(1)
     for path, module in unit.named_modules():
-        direct = {p.dtype for p in module.parameters(recurse=False) if p.requires_grad}
+        direct = {p.dtype for p in module.parameters(recurse=False) if _counts(p, only_trained)}
         if direct and direct != {main} and id(next(module.parameters(recurse=False))) not in others:
             if len(direct) > 1:
                 said = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in direct))
@@ -296,6 +309,10 @@ def _of_other_dtypes(unit: nn.Module, apart: list[nn.Module]) -> Iterator[nn.Mod
                     " model with dtype='float32'"
                 )
             yield module
+
+
+def _counts(parameter: nn.Parameter, only_trained: bool) -> bool:
+    return parameter.requires_grad or not only_trained
 
 
 def _check_scalars(shell: Shell) -> None:

@@ -20,7 +20,15 @@ from splitlearn_core.loading.generation import generation_config_for
 from splitlearn_core.loading.opening import open_source
 from splitlearn_core.loading.precision import Dtypes
 from splitlearn_core.plan import FULL
-from splitlearn_core.sharded.layout import STRATEGIES, How, Sharding, apply_sharding, shares
+from splitlearn_core.sharded.adapters import Adapter, base_name
+from splitlearn_core.sharded.layout import (
+    STRATEGIES,
+    How,
+    Sharding,
+    Share,
+    apply_sharding,
+    shares,
+)
 from splitlearn_core.sharded.meeting import Meeting
 from splitlearn_core.sharded.outline import Outline
 from splitlearn_core.sharded.reading import PieceReader
@@ -31,6 +39,7 @@ from splitlearn_core.sharded.transfer import Run, exchange_runs, hand_out, wires
 if TYPE_CHECKING:
     import os
 
+    from peft import PeftConfig
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -62,6 +71,8 @@ def load_sharded(
     token: str | bool | None = None,
     allow_empty: bool = False,
     allow_uncertified: bool = False,
+    adapter: PeftConfig | str | os.PathLike[str] | None = None,
+    adapter_seed: int = 0,
     timeout: float = _TIMEOUT,
     progress: Progress | None = None,
 ) -> nn.Module:
@@ -96,6 +107,9 @@ def load_sharded(
         token: For the hub; `None` uses `HF_TOKEN` or the login.
         allow_empty: Let Bottom or Top have no layers.
         allow_uncertified: Let in an architecture that was not certified.
+        adapter: A LoRA to train on the frozen model: peft's config of a new one, or the folder of
+            one that peft or `save_adapter` has written, on every rank.
+        adapter_seed: Of the random numbers that a new adapter begins with.
         timeout: Seconds without a sign of life after which another rank is given up.
         progress: Called with (bytes done, bytes in all) of this rank's share; what it raises ends
             the load, on all ranks.
@@ -124,6 +138,7 @@ def load_sharded(
             token,
             allow_empty,
             allow_uncertified,
+            Adapter.of(adapter, adapter_seed),
         )
         sharding = _sharding(
             how,
@@ -154,6 +169,7 @@ class _Request:
     token: str | bool | None
     allow_empty: bool
     allow_uncertified: bool
+    adapter: Adapter | None
 
     def facts(self) -> dict[str, Any]:
         """Return what all ranks must have been given alike, wherever each has its files."""
@@ -165,6 +181,7 @@ class _Request:
             "dtype": None if self.dtype is None else dtype_name(self.dtype),
             "allow_empty": self.allow_empty,
             "allow_uncertified": self.allow_uncertified,
+            **({"adapter": None} if self.adapter is None else self.adapter.facts()),
         }
 
 
@@ -222,9 +239,9 @@ class _Load:
             shell, module = self._shard(outline)
             for name, buffer in shell.buffers().items():
                 opened.reader.read(name, 0, buffer.view(-1))
-            for share in shares(module):
-                self._meeting.sign(f"reading {share.name}")
-                opened.reader.read(share.name, share.start, share.values)
+            for name, share in _of_checkpoint(module, outline):
+                self._meeting.sign(f"reading {name}")
+                opened.reader.read(name, share.start, share.values)
             self._finish(shell, module)
             return module, outline, opened.reader.count.nbytes
 
@@ -250,10 +267,10 @@ class _Load:
         shell, module = self._shard(outline)
         held = {name: buffer.view(-1) for name, buffer in shell.buffers().items()}
         runs = [Run(n, 0, t.numel(), dtype_name(t.dtype)) for n, t in held.items()]
-        for share in shares(module):
-            held[share.name] = share.values
+        for name, share in _of_checkpoint(module, outline):
+            held[name] = share.values
             dtype = dtype_name(share.values.dtype)
-            runs.append(Run(share.name, share.start, share.values.numel(), dtype))
+            runs.append(Run(name, share.start, share.values.numel(), dtype))
         if reader is not None:
             self._total = outline.nbytes
         everybody = exchange_runs(self._meeting, "runs", runs)
@@ -330,19 +347,21 @@ class _Load:
         """Build the shell and shard it."""
         self._meeting.sign("building the shell")
         shell = build_shell(outline, self._sharding.device)
+        if self._request.adapter is not None:
+            self._request.adapter.put_on(shell.model)
         self._meeting.sign("sharding the shell")
         module = apply_sharding(shell, self._sharding)
-        self._total = sum(share.values.nbytes for share in shares(module))
+        self._total = sum(share.values.nbytes for _, share in _of_checkpoint(module, outline))
         return shell, module
 
     def _finish(self, shell: Shell, module: nn.Module) -> None:
         """Do to the values what the architecture does to any that are loaded."""
         rows = zeroed_rows(shell)
-        for share in shares(module):
-            if share.name in rows:
+        for name, share in _of_checkpoint(module, shell.outline):
+            if name in rows:
                 width = share.shape[1]
-                first = max(rows[share.name] * width - share.start, 0)
-                last = (rows[share.name] + 1) * width - share.start
+                first = max(rows[name] * width - share.start, 0)
+                last = (rows[name] + 1) * width - share.start
                 share.values[first : max(last, 0)] = 0
         if self._progress is not None:
             self._progress(self._total, self._total)
@@ -353,6 +372,14 @@ class _Load:
         self._meeting.sign(f"reading, {self._done:,} bytes done")
         if self._progress is not None and self._total:
             self._progress(min(self._done, self._total), self._total)
+
+
+def _of_checkpoint(module: nn.Module, outline: Outline) -> Iterator[tuple[str, Share]]:
+    """Yield this rank's shares of what a checkpoint has, by the names there: no adapter's."""
+    for share in shares(module):
+        name = base_name(share.name)
+        if name in outline.tensors:
+            yield name, share
 
 
 def _sharding(

@@ -159,3 +159,48 @@ def _take(
             piece.copy_(values)
         meeting.sign(f"receiving {run.name}")
         heard(values.nbytes)
+
+
+def take_in(
+    meeting: Meeting, wired: Wires, runs: Sequence[Run], held: torch.Tensor
+) -> torch.Tensor | None:
+    """Put one tensor together on rank 0, of what each rank holds.
+
+    Args:
+        meeting: Of these ranks.
+        wired: Their connections.
+        runs: Which values each rank holds, by rank; several may hold the same.
+        held: This rank's: flat, on any device.
+
+    Returns:
+        On rank 0 the values, flat, on the CPU; on the others `None`.
+    """
+    meeting.sign(f"taking in {runs[0].name}")
+    chosen = _covering(runs)
+    if meeting.rank:
+        if meeting.rank in chosen:
+            run = runs[meeting.rank]
+            for begin, count in run.pieces:
+                wired.send(held[begin : begin + count].cpu().contiguous(), 0)
+        return None
+    whole = torch.empty(sum(runs[rank].count for rank in chosen), dtype=held.dtype)
+    for rank in chosen:
+        run = runs[rank]
+        place = whole[run.start : run.start + run.count]
+        if rank == 0:
+            place.copy_(held)
+            continue
+        for begin, count in run.pieces:
+            wired.receive(place[begin : begin + count], rank)
+    return whole
+
+
+def _covering(runs: Sequence[Run]) -> list[int]:
+    """Return the ranks whose runs follow one another, of such as hold the same the first."""
+    chosen: list[int] = []
+    stop = 0
+    for rank, run in sorted(enumerate(runs), key=lambda item: (item[1].start, item[0])):
+        if run.count and run.start == stop:
+            chosen.append(rank)
+            stop += run.count
+    return chosen

@@ -103,6 +103,56 @@ def test_mixed_precision(two_ranks: TwoRanks) -> None:
             assert found["trunk"] == "torch.bfloat16"
 
 
+def test_an_adapter_is_trained_as_in_one_process_and_saved_in_pefts_form(
+    two_ranks: TwoRanks,
+) -> None:
+    for found in two_ranks("check_lora"):
+        assert found["trained"] == 6 * 2 * 2
+        assert found["begins"] == {"A": True, "B": False}
+        assert found["plain"][2] < found["plain"][0]
+        assert found["fsdp2"] == found["plain"]
+        assert found["fsdp1"] == found["plain"]
+        assert found["half fsdp2"][1] < found["half fsdp2"][0]
+        assert found["half fsdp1"] == pytest.approx(found["half fsdp2"], abs=1e-2)
+        assert found["peft loads it"]
+        assert found["loaded again"]
+        assert found["a part's"]
+
+
+def test_adapters_that_are_not_there_or_differ(two_ranks: TwoRanks) -> None:
+    for found in two_ranks("check_lora"):
+        assert "this model has no adapter" in found["none"]["text"]
+        assert "no adapter in" in found["nowhere"]["text"]
+        assert "the ranks differ in adapter_seed: rank 1: '1'" in found["differs"]["text"]
+
+
+def test_what_is_saved_is_what_transformers_loads(two_ranks: TwoRanks) -> None:
+    for equal in two_ranks("check_saving"):
+        assert len(equal) == 11
+        assert [name for name, value in equal.items() if not value] == []
+
+
+def test_rank_0_alone_gets_tensors_whole(two_ranks: TwoRanks) -> None:
+    first, second = two_ranks("check_full_tensors")
+
+    assert first["names"]
+    assert first["equal"]
+    assert (first["got"], second["got"]) == (56, 0)
+
+
+def test_a_full_state_of_rank_0(two_ranks: TwoRanks) -> None:
+    first, second = two_ranks("check_full_state")
+
+    for found in (first, second):
+        assert [found[case] for case in ("fsdp2", "fsdp1", "tied", "trunk")] == [True] * 4
+    assert (
+        "lacks tensors that are needed: model.layers.0.input_layernorm" in first["missing"]["text"]
+    )
+    assert "no place for: extra" in first["strange"]["text"]
+    assert "model.norm.weight is [3], the model's is [32]" in first["shape"]["text"]
+    assert all("rank 0 failed" in second[c]["text"] for c in ("missing", "strange", "shape"))
+
+
 DIFFERENCES = {
     "dtype": "in dtype: rank 1: '\"bfloat16\"'; rank 0: 'null'",
     "component": "in component: rank 1: '\"top\"'; rank 0: '\"trunk\"'",

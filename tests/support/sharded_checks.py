@@ -13,8 +13,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+from splitlearn_core.checkpoint import save_weights
 from splitlearn_core.factory import load_component
-from splitlearn_core.sharded import load_sharded, report_of
+from splitlearn_core.sharded import (
+    full_tensors,
+    load_full_state,
+    load_sharded,
+    report_of,
+    save_adapter,
+)
 from splitlearn_core.split_model import SplitModel
 
 Settings = dict[str, Any]
@@ -260,6 +267,145 @@ def check_mixed_precision(folder: Path, settings: Settings) -> dict[str, Any]:
                 ).dtype
             ),
         }
+    return found
+
+
+# --- adapters and saving -----------------------------------------------------------------------
+
+
+def lora() -> Any:
+    """Return peft's config of a small adapter."""
+    from peft import LoraConfig  # noqa: PLC0415 - slow
+
+    return LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a sharded parameter whole, on every rank."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def check_lora(folder: Path, settings: Settings) -> dict[str, Any]:
+    """Train an adapter on a sharded model, save it, and put it on again and on a part."""
+    import peft  # noqa: PLC0415 - slow
+
+    path = settings["llama"]
+    model = load(path, adapter=lora())
+    plain = AutoModelForCausalLM.from_pretrained(path)
+    peft.inject_adapter_in_model(lora(), plain)
+    beginning = {n: whole(p) for n, p in model.named_parameters() if "lora_" in n}
+    for name, value in beginning.items():
+        plain.get_parameter(name).data.copy_(value)
+    found: dict[str, Any] = {
+        "trained": len([p for p in model.parameters() if p.requires_grad]),
+        "begins": {n.rpartition("lora_")[2][0]: bool(v.any()) for n, v in beginning.items()},
+        "plain": losses(plain.train(), 3, clip=1e9),
+        "fsdp2": losses(model.train(), 3, clip=1e9),
+        "fsdp1": losses(load(path, how="fsdp1", adapter=lora()).train(), 3, clip=1e9),
+        "half fsdp2": losses(load(path, dtype="bfloat16", adapter=lora()).train(), 2),
+        "half fsdp1": losses(load(path, dtype="bfloat16", adapter=lora(), how="fsdp1").train(), 2),
+    }
+    save_adapter(model, folder / "adapter")
+    dist.barrier()
+    loaded = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(path), folder / "adapter"
+    )
+    model.eval()
+    wanted = run(model, IDS)
+    again = load(path, adapter=folder / "adapter")
+    found["peft loads it"] = torch.equal(run(loaded.eval(), IDS), wanted)
+    found["loaded again"] = torch.equal(run(again, IDS), wanted)
+    found["a part's"] = _chained(path, folder / "adapter", wanted)
+    found["none"] = refused(lambda: save_adapter(load(path), folder / "no-adapter"))
+    found["nowhere"] = refused(lambda: load(path, adapter=folder))
+    found["differs"] = refused(lambda: load(path, adapter=lora(), adapter_seed=dist.get_rank()))
+    return found
+
+
+def _chained(path: str, adapter: Path, wanted: torch.Tensor) -> bool:
+    values: Any = IDS
+    for name in ("bottom", "trunk", "top"):
+        values = run(load(path, name, adapter=adapter), values)
+    return torch.equal(values, wanted)
+
+
+def check_saving(folder: Path, settings: Settings) -> dict[str, bool]:
+    """Save what is sharded as one folder, and load that with transformers, or as a part."""
+    found = {}
+    for how in ("fsdp2", "fsdp1"):
+        for name in ("llama", "tied", "experts", "gpt2"):
+            path = folder / f"saved-{how}-{name}"
+            save_weights(load(settings[name], how=how), path)
+            dist.barrier()
+            loaded = AutoModelForCausalLM.from_pretrained(path)
+            unsplit = AutoModelForCausalLM.from_pretrained(settings[name])
+            equal = _same_tensors(loaded, unsplit)
+            equal = equal and loaded.config.architectures == [type(unsplit).__name__]
+            found[f"{how} {name}"] = equal and torch.equal(
+                run(loaded.eval(), IDS), run(unsplit.eval(), IDS)
+            )
+        part = folder / f"saved-{how}-trunk"
+        save_weights(load(settings["llama"], "trunk", how=how), part)
+        dist.barrier()
+        plain = load_component(settings["llama"], "trunk", POINTS)
+        found[f"{how} trunk"] = _same_tensors(SplitModel.load(part), plain)
+    trained = load(settings["llama"])
+    losses(trained, 1)
+    run(trained, IDS)
+    save_weights(trained, folder / "saved.pth")
+    dist.barrier()
+    state = torch.load(folder / "saved.pth", weights_only=True)
+    wanted = {name: whole(p) for name, p in trained.named_parameters()}
+    found["trained, a torch file"] = all(torch.equal(state[n], v) for n, v in wanted.items())
+    return found
+
+
+def _same_tensors(one: nn.Module, other: nn.Module) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], t) for n, t in theirs.items())
+
+
+def check_full_tensors(folder: Path, settings: Settings) -> dict[str, Any]:
+    """Rank 0 gets each parameter whole, the other none."""
+    del folder
+    model = load(settings["tied"])
+    found = dict(full_tensors(model))
+    plain = dict(load_component(settings["tied"], "full").model.named_parameters())
+    got = [name for name, tensor in found.items() if tensor is not None]
+    return {
+        "names": list(found) == list(plain),
+        "got": len(got),
+        "equal": all(torch.equal(t, plain[n]) for n, t in found.items() if t is not None),
+    }
+
+
+def check_full_state(folder: Path, settings: Settings) -> dict[str, Any]:
+    """A state dict that rank 0 has in memory."""
+    del folder
+    found: dict[str, Any] = {}
+    first = dist.get_rank() == 0
+    other = AutoModelForCausalLM.from_pretrained(settings["other-weights"]).eval()
+    state = other.state_dict()
+    for how in ("fsdp2", "fsdp1"):
+        model = load(settings["llama"], how=how)
+        load_full_state(model, state if first else None, timeout=30)
+        found[how] = torch.equal(run(model, IDS), run(other, IDS))
+    tied = AutoModelForCausalLM.from_pretrained(settings["tied"]).eval()
+    model = load(settings["tied-twice"])
+    load_full_state(model, tied.state_dict() if first else None, timeout=30)
+    found["tied"] = torch.equal(run(model, IDS), run(tied, IDS))
+    trunk = load(settings["llama"], "trunk")
+    part = load_component(settings["other-weights"], "trunk", POINTS)
+    load_full_state(trunk, part.model.state_dict() if first else None, timeout=30)
+    found["trunk"] = torch.equal(run(trunk, inputs_of(part)), run(part, inputs_of(part)))
+    wrong = {
+        "missing": {n: t for n, t in state.items() if "norm" not in n},
+        "strange": {**state, "extra": torch.zeros(1)},
+        "shape": {**state, "model.norm.weight": torch.zeros(3)},
+    }
+    for case, damaged in wrong.items():
+        given = damaged if first else None
+        found[case] = refused(lambda given=given: load_full_state(model, given, timeout=30))
     return found
 
 
