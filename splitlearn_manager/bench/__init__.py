@@ -37,4 +37,5 @@ BENCHMARKS = {
     ),
     "checkpoint": Benchmark("splitlearn_manager.bench.checkpoint", ("save", "background", "load")),
     "quantization": Benchmark("splitlearn_manager.bench.quantization", ("trunk", "demo")),
+    "sharded": Benchmark("splitlearn_manager.bench.sharded", ("fsdp2", "peers")),
 }

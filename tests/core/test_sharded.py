@@ -128,7 +128,7 @@ def test_adapters_that_are_not_there_or_differ(two_ranks: TwoRanks) -> None:
 
 def test_what_is_saved_is_what_transformers_loads(two_ranks: TwoRanks) -> None:
     for equal in two_ranks("check_saving"):
-        assert len(equal) == 11
+        assert len(equal) == 7
         assert [name for name, value in equal.items() if not value] == []
 
 

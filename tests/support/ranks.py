@@ -9,16 +9,18 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-_DEADLINE = 110
+_DEADLINE = 600
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,20 @@ def run_ranks(folder: Path, runs: Sequence[Run]) -> None:
     orders = folder / "runs.json"
     orders.write_text(json.dumps([asdict(run) for run in runs]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    with (folder / "ranks.log").open("w+") as log:
-        command = [sys.executable, __file__, str(orders)]
-        done = subprocess.run(
-            command, env=environment, stdout=log, stderr=log, timeout=_DEADLINE, check=False
-        )
+    command = [sys.executable, __file__, str(orders)]
+    with (
+        (folder / "ranks.log").open("w+") as log,
+        subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True
+        ) as process,
+    ):
+        try:
+            code = process.wait(_DEADLINE)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the ranks as well
         log.seek(0)
-        assert done.returncode == 0, log.read()[-3000:]
+        assert code == 0, log.read()[-3000:]
 
 
 def main() -> None:

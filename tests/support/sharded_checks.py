@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,26 @@ def run(part: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     return getattr(output, "logits", output)
 
 
+@cache
+def plain_part(path: str, component: str, dtype: str | None = None) -> SplitModel:
+    """Return the part itself, which nobody changes."""
+    return load_component(path, component, POINTS, dtype=dtype)
+
+
+@cache
+def wanted(path: str, component: str, dtype: str | None = None) -> torch.Tensor:
+    """Return what the part itself computes."""
+    plain = plain_part(path, component, dtype)
+    return run(plain, inputs_of(plain))
+
+
 def alike(path: str, component: str, **options: Any) -> bool:
     """Whether a sharded part computes what the part itself does, to the bit."""
     dtype = options.get("dtype")
-    plain = load_component(path, component, POINTS, dtype=dtype)
-    sharded = load(path, component, **options)
-    return torch.equal(run(sharded, inputs_of(plain)), run(plain, inputs_of(plain)))
+    inputs = inputs_of(plain_part(path, component, dtype))
+    return torch.equal(
+        run(load(path, component, **options), inputs), wanted(path, component, dtype)
+    )
 
 
 def check_every_way(folder: Path, settings: Settings) -> dict[str, Any]:
@@ -67,10 +82,10 @@ def check_every_way(folder: Path, settings: Settings) -> dict[str, Any]:
     for how, source in WAYS:
         for component in ("full", "bottom", "trunk", "top"):
             path = settings["llama"]
-            plain = load_component(path, component, POINTS)
+            plain = plain_part(path, component)
             module = load(path, component, how=how, source=source)
             found[f"{how} {source} {component}"] = {
-                "equal": torch.equal(run(module, inputs_of(plain)), run(plain, inputs_of(plain))),
+                "equal": torch.equal(run(module, inputs_of(plain)), wanted(path, component)),
                 "kind": type(module).__name__,
                 "training": module.training,
                 "report": report_of(module).to_dict(),
@@ -175,13 +190,14 @@ def check_training(folder: Path, settings: Settings) -> dict[str, dict[str, list
         "fsdp1 no shard": lambda: load(path, how="fsdp1", sharding_strategy="NO_SHARD"),
         "fsdp1 hybrid": lambda: load(path, how="fsdp1", sharding_strategy="HYBRID_SHARD", mesh=row),
     }
-    return {
-        name: {
-            "same text": losses(make().train(), 3, clip=1e9),
-            "each its own": _losses_of_all(make().train(), name != "plain"),
+    found = {}
+    for name, make in ways.items():
+        model = make().train()
+        found[name] = {
+            "same text": losses(model, 3, clip=1e9),
+            "each its own": _losses_of_all(model, name != "plain"),
         }
-        for name, make in ways.items()
-    }
+    return found
 
 
 def _losses_of_all(model: nn.Module, sharded: bool) -> list[float]:
@@ -250,7 +266,7 @@ def check_mixed_precision(folder: Path, settings: Settings) -> dict[str, Any]:
     """Computed in bfloat16, kept and summed in float32."""
     del folder
     half = load_component(settings["llama"], "full", dtype="bfloat16")
-    wanted = run(half, IDS).float()
+    reference = run(half, IDS).float()
     found = {}
     for how in ("fsdp2", "fsdp1"):
         model = load(settings["llama"], how=how, param_dtype="bfloat16", reduce_dtype="float32")
@@ -258,7 +274,7 @@ def check_mixed_precision(folder: Path, settings: Settings) -> dict[str, Any]:
         found[how] = {
             "kept": sorted({str(p.dtype) for p in model.parameters()}),
             "computed": str(logits.dtype),
-            "error": float((logits.float() - wanted).abs().max() / wanted.abs().max()),
+            "error": float((logits.float() - reference).abs().max() / reference.abs().max()),
             "losses": losses(model, 2),
             "trunk": str(
                 run(
@@ -333,7 +349,7 @@ def check_saving(folder: Path, settings: Settings) -> dict[str, bool]:
     """Save what is sharded as one folder, and load that with transformers, or as a part."""
     found = {}
     for how in ("fsdp2", "fsdp1"):
-        for name in ("llama", "tied", "experts", "gpt2"):
+        for name in ("tied", "experts"):
             path = folder / f"saved-{how}-{name}"
             save_weights(load(settings[name], how=how), path)
             dist.barrier()
