@@ -33,7 +33,7 @@ BENCHMARKS = {
         ("streams", "packed", "threads", "many", "prompt", "echo", "idle", "cache"),
     ),
     "generate": Benchmark(
-        "splitlearn_manager.bench.generate", ("parts", "loopback", "delayed", "lookup")
+        "splitlearn_manager.bench.generate", ("parts", "loopback", "delayed", "lookup", "gateway")
     ),
     "checkpoint": Benchmark("splitlearn_manager.bench.checkpoint", ("save", "background", "load")),
     "quantization": Benchmark("splitlearn_manager.bench.quantization", ("trunk", "demo")),

@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from splitlearn_manager.bench import generate_gateway
 from splitlearn_manager.bench.checkpoints import QWEN2_0_5B, QWEN2_TINY, BenchCheckpoint
 from splitlearn_manager.bench.errors import BenchError
 from splitlearn_manager.bench.report import Report, Row
@@ -187,7 +188,7 @@ def _delayed(bench: Bench) -> list[Row]:
 def _lookup(bench: Bench) -> list[Row]:
     """Return the rows of speculation over that round trip, with the built-in model."""
     scale = bench.scale
-    model = {"model": DEMO, "points": DEMO_POINTS, "dtype": "float32"}
+    model: dict[str, Any] = {"model": DEMO, "points": DEMO_POINTS, "dtype": "float32"}
     with served(model) as url:
         found = child(
             "lookup",
@@ -272,9 +273,9 @@ def served(model: dict[str, Any], **server: Any) -> Iterator[str]:
         yield url
 
 
-def child(task: str, **arguments: Any) -> dict[str, Any]:
+def child(task: str, *, module: str = _CHILD, **arguments: Any) -> dict[str, Any]:
     """Let a fresh process do a task, and return its figures."""
-    command = [sys.executable, "-m", _CHILD, task, json.dumps(arguments)]
+    command = [sys.executable, "-m", module, task, json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - ours
     if done.returncode:
         raise BenchError(f"the measured process failed:\n{done.stderr[-2000:]}")
@@ -287,5 +288,6 @@ ROWS: dict[str, Callable[[Bench], list[Row]]] = {
     "loopback": _loopback,
     "delayed": _delayed,
     "lookup": _lookup,
+    "gateway": lambda bench: generate_gateway.rows(bench.scale),
 }
 """What `--rows` can name -> what measures it."""
