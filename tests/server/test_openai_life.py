@@ -157,9 +157,11 @@ def test_a_model_that_failed_to_load_is_not_asked_for_again(tmp_path: Path) -> N
     broken = ModelConfig("broken", str(tmp_path), dtype="float32", preload=False)
     with daemon_of(broken, management=True) as daemon:
         ask(daemon.url, "/v2/repository/models/broken/load", "POST")
-        with counting(daemon.url, max_retries=2) as (client, statuses):
-            with pytest.raises(openai.InternalServerError, match="failed to load"):
-                client.completions.create(model="broken", prompt="x")
+        with (
+            counting(daemon.url, max_retries=2) as (client, statuses),
+            pytest.raises(openai.InternalServerError, match="failed to load"),
+        ):
+            client.completions.create(model="broken", prompt="x")
         assert statuses == [503]
 
 
@@ -167,34 +169,36 @@ def test_a_model_that_failed_to_load_is_not_asked_for_again(tmp_path: Path) -> N
 
 
 def test_one_too_many_is_refused_and_gets_its_turn_when_it_asks_again() -> None:
-    with daemon_of(whole_config("m"), max_batch_size=1, max_queue_size=1) as daemon:
-        with client_of(daemon.url) as client:
-            running = client.completions.create(model="m", stream=True, **LONG)
-            next(iter(running))
-            answers: list[Any] = []
-            waiting = threading.Thread(
-                target=lambda: answers.append(
-                    client.completions.create(model="m", prompt=PROMPT, max_tokens=2)
-                )
+    with (
+        daemon_of(whole_config("m"), max_batch_size=1, max_queue_size=1) as daemon,
+        client_of(daemon.url) as client,
+    ):
+        running = client.completions.create(model="m", stream=True, **LONG)
+        next(iter(running))
+        answers: list[Any] = []
+        waiting = threading.Thread(
+            target=lambda: answers.append(
+                client.completions.create(model="m", prompt=PROMPT, max_tokens=2)
             )
-            waiting.start()
-            until(lambda: gauge(daemon.url, "generation_requests_waiting") == 1)
+        )
+        waiting.start()
+        until(lambda: gauge(daemon.url, "generation_requests_waiting") == 1)
 
-            with pytest.raises(openai.RateLimitError, match="wait already") as caught:
-                client.completions.create(model="m", prompt=PROMPT)
-            assert caught.value.code == "overloaded"
-            assert caught.value.response.headers["retry-after"] == "1"
+        with pytest.raises(openai.RateLimitError, match="wait already") as caught:
+            client.completions.create(model="m", prompt=PROMPT)
+        assert caught.value.code == "overloaded"
+        assert caught.value.response.headers["retry-after"] == "1"
 
-            with counting(daemon.url, max_retries=10) as (patient, statuses):
-                closer = threading.Thread(
-                    target=lambda: (until(lambda: bool(statuses)), running.close())
-                )
-                closer.start()
-                assert patient.completions.create(model="m", prompt=PROMPT, max_tokens=2).choices
-                closer.join()
-                assert statuses[0] == 429
-            waiting.join()
-            assert len(answers) == 1
+        with counting(daemon.url, max_retries=10) as (patient, statuses):
+            closer = threading.Thread(
+                target=lambda: (until(lambda: bool(statuses)), running.close())
+            )
+            closer.start()
+            assert patient.completions.create(model="m", prompt=PROMPT, max_tokens=2).choices
+            closer.join()
+            assert statuses[0] == 429
+        waiting.join()
+        assert len(answers) == 1
 
 
 def test_memory_for_caches_is_reserved_and_given_back() -> None:
@@ -258,45 +262,51 @@ def test_a_stream_in_flight_is_finished_before_the_daemon_ends() -> None:
 
 
 def test_a_stream_that_can_not_be_finished_ends_with_an_error() -> None:
-    with daemon_of(whole_config("m"), drain_timeout=0.3) as daemon:
-        with client_of(daemon.url) as client:
-            stream = client.completions.create(model="m", stream=True, n=8, **LONG)
-            next(iter(stream))
-            daemon.stop()
-            with pytest.raises(openai.APIError, match="shutting down") as caught:
-                list(stream)
-            assert caught.value.code == "draining"
+    with (
+        daemon_of(whole_config("m"), drain_timeout=0.3) as daemon,
+        client_of(daemon.url) as client,
+    ):
+        stream = client.completions.create(model="m", stream=True, n=8, **LONG)
+        next(iter(stream))
+        daemon.stop()
+        with pytest.raises(openai.APIError, match="shutting down") as caught:
+            list(stream)
+        assert caught.value.code == "draining"
 
 
 def test_an_unload_ends_what_is_left_at_its_deadline() -> None:
-    with daemon_of(whole_config("m"), management=True) as daemon:
-        with client_of(daemon.url) as client:
-            stream = client.completions.create(model="m", stream=True, n=8, **LONG)
-            next(iter(stream))
-            body = json.dumps({"parameters": {"drain_timeout": 0}}).encode()
-            ask(daemon.url, "/v2/repository/models/m/unload", "POST", body)
-            with pytest.raises(openai.APIError, match="being unloaded"):
-                list(stream)
+    with (
+        daemon_of(whole_config("m"), management=True) as daemon,
+        client_of(daemon.url) as client,
+    ):
+        stream = client.completions.create(model="m", stream=True, n=8, **LONG)
+        next(iter(stream))
+        body = json.dumps({"parameters": {"drain_timeout": 0}}).encode()
+        ask(daemon.url, "/v2/repository/models/m/unload", "POST", body)
+        with pytest.raises(openai.APIError, match="being unloaded"):
+            list(stream)
 
 
 def test_a_trunk_that_goes_away_ends_its_own_requests_alone() -> None:
-    with daemon_of(trunk_config()) as trunk:
-        with daemon_of(pipeline_config(trunk.url), whole_config("whole")) as gateway:
-            with client_of(gateway.url) as client:
-                stream = client.completions.create(model="demo", stream=True, **LONG)
-                other = client.completions.create(model="whole", stream=True, **LONG)
-                next(iter(stream))
-                next(iter(other))
-                trunk.stop()
-                with pytest.raises(openai.APIError) as caught:
-                    list(stream)
-                assert caught.value.code == "trunk_unavailable"
-                pieces = list(other)
-                assert pieces[-1].choices[0].finish_reason == "length"
+    with (
+        daemon_of(trunk_config()) as trunk,
+        daemon_of(pipeline_config(trunk.url), whole_config("whole")) as gateway,
+        client_of(gateway.url) as client,
+    ):
+        stream = client.completions.create(model="demo", stream=True, **LONG)
+        other = client.completions.create(model="whole", stream=True, **{**LONG, "max_tokens": 100})
+        next(iter(stream))
+        next(iter(other))
+        trunk.stop()
+        with pytest.raises(openai.APIError) as caught:
+            list(stream)
+        assert caught.value.code == "trunk_unavailable"
+        pieces = list(other)
+        assert pieces[-1].choices[0].finish_reason == "length"
 
-                with pytest.raises(openai.InternalServerError) as refused:
-                    client.completions.create(model="demo", prompt=PROMPT)
-                assert refused.value.code == "trunk_unavailable"
+        with pytest.raises(openai.InternalServerError) as refused:
+            client.completions.create(model="demo", prompt=PROMPT)
+        assert refused.value.code == "trunk_unavailable"
 
 
 # --- Chat templates ------------------------------------------------------------------------
