@@ -233,6 +233,8 @@ class Chain:
     def note_length(self, lane: Lane, positions: int) -> None:
         """Count positions that were run."""
         lane.length += positions
+        if lane.length > positions:
+            return  # whether its caches hold anything was seen the first time
         lane.forgets = not all(
             stage.keeps(cache)
             for stage, cache in zip(self.stages, lane.caches, strict=True)
