@@ -15,6 +15,7 @@ from splitlearn_manager.commands.architectures import list_architectures
 from splitlearn_manager.commands.bench import bench
 from splitlearn_manager.commands.chat import chat
 from splitlearn_manager.commands.generate import generate
+from splitlearn_manager.commands.inspect import inspect
 from splitlearn_manager.commands.models import app as models_app
 from splitlearn_manager.commands.options import SplitPointsCommand
 from splitlearn_manager.commands.plan import plan
@@ -40,6 +41,7 @@ app.command("verify", cls=SplitPointsCommand)(verify)
 app.add_typer(models_app, name="models")
 app.command("architectures")(list_architectures)
 app.command("bench")(bench)
+app.command("inspect")(inspect)
 
 WRONG_USAGE = 2
 

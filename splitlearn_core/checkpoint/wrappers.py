@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from splitlearn_core.checkpoint.plain_names import plain_name as plain_name  # noqa: PLC0414
+
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Iterator
+    from collections.abc import Iterator
 
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-# What a wrapper adds to the names of the module within.
+# Where `torch.compile` keeps the module within.
 _COMPILED = "_orig_mod"
-_SHARDED = "_fsdp_wrapped_module"
-_PARALLEL = "module."
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -30,23 +30,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = within
         else:
             return model
-
-
-def plain_name(name: str) -> str:
-    """Return a tensor's name without what `torch.compile` and FSDP put into it, anywhere."""
-    return ".".join(field for field in name.split(".") if field not in {_COMPILED, _SHARDED})
-
-
-def plain_names(names: Iterable[str], known: Container[str] = ()) -> dict[str, str]:
-    """Return the names in a file, and each without what wrappers put in.
-
-    `module.` is taken away where every name begins with it, as DDP's do, and none is `known` as it
-    is: a model may have a `module` of its own.
-    """
-    plain = {name: plain_name(name) for name in names}
-    while plain and all(n.startswith(_PARALLEL) and n not in known for n in plain.values()):
-        plain = {own: name.removeprefix(_PARALLEL) for own, name in plain.items()}
-    return plain
 
 
 def fsdp1_modules(model: nn.Module) -> list[FullyShardedDataParallel]:
