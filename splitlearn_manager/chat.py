@@ -8,7 +8,7 @@ import threading
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TextIO
 
-from splitlearn_manager.conversation import ContextFull
+from splitlearn_manager.generate import ContextFull
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -157,13 +157,14 @@ class _Talker:
 
     def _after(self) -> None:
         """Say what a person should know once the answer is there."""
-        limit = self._conversation.limit
-        if limit is not None and self._conversation.positions >= limit:
+        if self._last is None:
+            return
+        if self._last.is_full:
             self._terminal.tell(
-                f"the answer was cut off: the model's {limit:,} positions are full; /reset begins a"
-                " new conversation"
+                f"the answer was cut off: the model's {self._last.max_positions:,} positions are"
+                " full; /reset begins a new conversation"
             )
-        if self._terminal.interactive and self._last is not None:
+        if self._terminal.interactive:
             self._terminal.tell(f"[{self._last.speed()}]")
 
     def _fail(self, text: str, code: int) -> None:

@@ -6,12 +6,11 @@ servers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from splitlearn_core.errors import SplitLearnError
 from splitlearn_manager.generate import Continued, Generated, GenerateOptions, continue_ids
 from splitlearn_manager.language_model import describe_places
 
@@ -25,10 +24,6 @@ USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 _PLAIN_NAMES = {USER: "User", ASSISTANT: "Assistant", SYSTEM: "System"}
 PLAIN_STOP = "\nUser:"
 """Where an answer ends, when a model that has no chat template goes on to write the next turn."""
-
-
-class ContextFull(SplitLearnError, ValueError):  # noqa: N818 - it is no mistake of anybody
-    """The conversation is longer than the model's positions; says how long both are."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +122,7 @@ class Conversation:
         messages = [*self.messages, Message(USER, text)]
         prompt = self._render(messages)
         ids = self._ids_of(prompt)
-        options = self._within_limit(len(ids))
+        options = self._options.within(self.limit, len(ids), "the conversation")
         cache = self._cache_for(ids)
         self._forget()  # until all has gone well
         held = _StopHeld(write, PLAIN_STOP) if not self.has_template else None
@@ -205,19 +200,6 @@ class Conversation:
         return set(ends if isinstance(ends, list) else [ends])
 
     # --- What is computed ------------------------------------------------------------------
-
-    def _within_limit(self, length: int) -> GenerateOptions:
-        """Return how to generate within the model's positions."""
-        limit = self._model.max_positions
-        if limit is None:
-            return self._options
-        if length >= limit:
-            raise ContextFull(
-                f"the conversation would have {length:,} tokens, and the model has {limit:,}"
-                " positions"
-            )
-        most = min(self._options.max_new_tokens, limit - length)
-        return replace(self._options, max_new_tokens=most)
 
     def _cache_for(self, ids: list[int]) -> Any:
         """Return a cache that holds the first of `ids`: that of the last turn, where it can be.

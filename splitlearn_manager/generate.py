@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import TextStreamer
 
+from splitlearn_core.errors import SplitLearnError
 from splitlearn_manager.breakdown import Stopwatch
 from splitlearn_manager.language_model import (
     LanguageModel,
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from splitlearn_manager.language_model import PartPlace
 
 _PROMPT_AND_FIRST = 2
+
+
+class ContextFull(SplitLearnError, ValueError):  # noqa: N818 - it is no mistake of anybody
+    """The text is as long as the model's positions, or longer; says how long both are."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,25 @@ class GenerateOptions:
             given["prompt_lookup_num_tokens"] = self.prompt_lookup
         return given
 
+    def within(self, limit: int | None, length: int, text: str) -> GenerateOptions:
+        """Return how to go on from so many tokens within the model's positions.
+
+        Args:
+            limit: The model's positions; `None` where they are not known.
+            length: Tokens that are there.
+            text: What they are, for the message.
+
+        Raises:
+            ContextFull: (a `ValueError`) There is no position left.
+        """
+        if limit is None:
+            return self
+        if length >= limit:
+            raise ContextFull(
+                f"{text} has {length:,} tokens, and the model has {limit:,} positions"
+            )
+        return replace(self, max_new_tokens=min(self.max_new_tokens, limit - length))
+
     @property
     def speculates(self) -> bool:
         """Whether several tokens may be checked in one round trip."""
@@ -88,6 +112,7 @@ class Generated:
         parts: Where each part runs.
         timings: Where the time went; `None` for a whole model.
         speculated: Whether tokens were guessed, and checked together.
+        max_positions: Positions that the model was made for; `None` where that is not known.
     """
 
     text: str
@@ -101,6 +126,13 @@ class Generated:
     parts: tuple[PartPlace, ...] = ()
     timings: Breakdown | None = None
     speculated: bool = False
+    max_positions: int | None = None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the text ended because the model has no more positions."""
+        length = self.prompt_tokens + self.new_tokens
+        return self.max_positions is not None and length >= self.max_positions
 
     @property
     def tokens_per_second(self) -> float:
@@ -117,6 +149,7 @@ class Generated:
         return asdict(self) | {
             "tokens_per_second": self.tokens_per_second,
             "tokens_per_round_trip": self.tokens_per_round_trip,
+            "is_full": self.is_full,
             "timings": None if self.timings is None else self.timings.to_dict(),
         }
 
@@ -137,6 +170,10 @@ class Generated:
     def summary(self, *, timings: bool = False) -> str:
         """Return all of it for people, with the breakdown of the time where that is wanted."""
         told = [self.speed()]
+        if self.is_full:
+            told.append(
+                f"the text ended because the model's {self.max_positions:,} positions are full"
+            )
         if self.parts:
             told.append(describe_places(self.parts))
         if timings:
@@ -204,17 +241,20 @@ def generate_with(
         stop: Ends the text at the next token.
 
     Raises:
+        ContextFull: (a `ValueError`) The prompt is as long as the model's positions.
         ValueError: The tokenizer makes no token of the prompt.
         RuntimeError, OSError: A Trunk can't be reached or went away.
     """
     inputs = model.tokenizer(prompt, return_tensors="pt")
-    if inputs["input_ids"].shape[1] == 0:
+    length = inputs["input_ids"].shape[1]
+    if length == 0:
         raise ValueError("the prompt has no tokens to go on from")
+    options = options.within(model.max_positions, length, "the prompt")
     made = continue_ids(
         model, inputs["input_ids"], options, write=write, stop=stop, skip_prompt=False
     )
     text = model.tokenizer.decode(made.sequence, skip_special_tokens=True)
-    return made.told(model, text, inputs["input_ids"].shape[1], options)
+    return made.told(model, text, length, options)
 
 
 @dataclass(frozen=True)
@@ -255,6 +295,7 @@ class Continued:
             parts=model.places,
             timings=self.timings,
             speculated=options.speculates,
+            max_positions=model.max_positions,
         )
 
 

@@ -89,6 +89,8 @@ def chat(
         from splitlearn_manager.generate import GenerateOptions  # noqa: PLC0415
         from splitlearn_manager.language_model import open_language_model  # noqa: PLC0415
 
+        speakers.quiet_transformers()
+
         options = GenerateOptions(
             max_new_tokens, temperature, top_k, top_p, seed, prompt_lookup, assistant
         )

@@ -93,6 +93,8 @@ def generate(
 
         from splitlearn_manager.generate import GenerateOptions, generate_text  # noqa: PLC0415
 
+        speakers.quiet_transformers()
+
         options = GenerateOptions(
             max_new_tokens, temperature, top_k, top_p, seed, prompt_lookup, assistant
         )

@@ -309,6 +309,14 @@ def _check_checkpoint(config: ModelConfig, source: str | None) -> None:
     check_checkpoints([config], source)
 
 
+def quiet_transformers() -> None:
+    """Let transformers say what is wrong, and not how it goes about its work."""
+    from transformers.utils import logging  # noqa: PLC0415 - slow
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def check_sampling(temperature: float | None, top_k: int | None, top_p: float | None) -> None:
     """Refuse wishes that sampling alone can meet, where there is none.
 

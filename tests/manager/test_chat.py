@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import signal
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from splitlearn_manager.chat import Terminal, talk
-from splitlearn_manager.conversation import ContextFull
-from splitlearn_manager.generate import Generated
+from splitlearn_manager.generate import ContextFull, Generated
 
 MADE = Generated("text", 3, 2, 0.1, 0.5, 10, 20)
 
@@ -22,6 +22,7 @@ class FakeConversation:
     has_template = True
     limit: int | None = 100
     positions = 7
+    fills: int | None = None
 
     def __init__(self) -> None:
         self.heard: list[str] = []
@@ -43,7 +44,7 @@ class FakeConversation:
             signal.raise_signal(signal.SIGINT)
             assert stop.is_set(), number
         write(f"{text.upper()}\n")
-        return MADE
+        return replace(MADE, max_positions=self.fills)
 
 
 class Person(io.StringIO):
@@ -183,8 +184,8 @@ def test_a_turn_that_fails(
 def test_an_answer_that_fills_the_positions_is_told(
     conversation: FakeConversation, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    conversation.positions = 100
+    conversation.fills = 5  # three of the prompt, two that were made
 
     chat(conversation, "one\n")
 
-    assert "cut off: the model's 100 positions are full; /reset" in capsys.readouterr().err
+    assert "cut off: the model's 5 positions are full; /reset" in capsys.readouterr().err

@@ -18,13 +18,12 @@ from splitlearn_manager import ModelConfig, ServerConfig
 from splitlearn_manager.config import DaemonConfig
 from splitlearn_manager.conversation import (
     PLAIN_STOP,
-    ContextFull,
     Conversation,
     Message,
     _StopHeld,
     plain_prompt,
 )
-from splitlearn_manager.generate import GenerateOptions
+from splitlearn_manager.generate import ContextFull, GenerateOptions
 from splitlearn_manager.language_model import LanguageModel, open_language_model
 
 GREEDY = GenerateOptions(max_new_tokens=12)
@@ -145,7 +144,9 @@ def test_a_conversation_that_is_too_long_is_told_and_changes_nothing(split: Lang
     talk.answer(TURNS[0])
     before = list(talk.messages)
 
-    with pytest.raises(ContextFull, match=r"would have [\d,]+ tokens, and the model has 512"):
+    with pytest.raises(
+        ContextFull, match=r"the conversation has [\d,]+ tokens, and the model has 512"
+    ):
         talk.answer("the list " * 400)
 
     assert talk.messages == before
@@ -158,9 +159,10 @@ def test_an_answer_ends_where_the_positions_do(split: LanguageModel) -> None:
     length = len(split.tokenizer(text).input_ids)
     assert length < 500
 
-    talk.answer(text)
+    answer = talk.answer(text)
 
     assert talk.positions <= 512
+    assert answer.is_full == (talk.positions == 512)
 
 
 def test_a_failure_forgets_the_turn_and_the_next_one_computes_it_anew(

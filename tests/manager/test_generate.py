@@ -11,8 +11,9 @@ import torch
 
 from splitlearn_core import SplitModel
 from splitlearn_core.factory import load_component
+from splitlearn_core.quickstart import load_tokenizer
 from splitlearn_manager import ModelConfig, language_model
-from splitlearn_manager.generate import GenerateOptions, run_generation
+from splitlearn_manager.generate import ContextFull, GenerateOptions, run_generation
 
 DEMO = ModelConfig("demo", "builtin:demo", dtype="float32")
 OPTIONS = GenerateOptions(max_new_tokens=4)
@@ -56,3 +57,17 @@ def test_a_prompt_without_tokens_is_named(
 
     with pytest.raises(ValueError, match="the prompt has no tokens"):
         run_generation(model, DEMO, "", OPTIONS, echo=False)
+
+
+def test_a_text_ends_where_the_positions_do(model: SplitModel) -> None:
+    prompt = "the list of names of " * 80
+    length = len(load_tokenizer("builtin:demo")(prompt).input_ids)
+
+    options = GenerateOptions(max_new_tokens=900, temperature=1.0, seed=0)
+    result = run_generation(model, DEMO, prompt, options, echo=False)
+
+    assert result.new_tokens <= 512 - length
+    assert result.is_full == (result.new_tokens == 512 - length)
+    assert ("512 positions are full" in result.summary()) == result.is_full
+    with pytest.raises(ContextFull, match=r"the prompt has [\d,]+ tokens, and the model has 512"):
+        run_generation(model, DEMO, prompt * 4, options, echo=False)
