@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         set_lora,
     )
     from splitlearn_core.checkpoint.minimind import MiniMindName
+    from splitlearn_core.checkpoint.minimind_resume import load_minimind_resume
     from splitlearn_core.checkpoint.parameters import ParameterCounts, count_parameters
     from splitlearn_core.checkpoint.resume import Checkpointer, load_checkpoint, save_checkpoint
     from splitlearn_core.checkpoint.sampler import ResumableSampler
@@ -50,6 +51,7 @@ __all__ = [
     "join_adapters",
     "load_checkpoint",
     "load_lora",
+    "load_minimind_resume",
     "load_weights",
     "lora_disabled",
     "lora_names",
@@ -78,6 +80,7 @@ _HOMES = {
     "count_parameters": "parameters",
     "join_adapters": "adapter_folder",
     "load_checkpoint": "resume",
+    "load_minimind_resume": "minimind_resume",
     "load_lora": "lora",
     "load_weights": "load",
     "lora_disabled": "lora",
