@@ -8,6 +8,7 @@ manifest.json           length and hashes of all the others
 
 from __future__ import annotations
 
+import errno
 import json
 import platform
 import shutil
@@ -25,9 +26,10 @@ from safetensors import torch as safetensors
 from splitlearn_core.checkpoint import folders
 from splitlearn_core.checkpoint.disk import Disk
 from splitlearn_core.checkpoint.encoding import Encoded, decode
-from splitlearn_core.checkpoint.folders import Checkpoint
+from splitlearn_core.checkpoint.folders import Checkpoint, Unfinished
 from splitlearn_core.checkpoint.hashed_files import (
     check_file,
+    hash_file,
     read_bytes,
     read_tensor_file,
     write_bytes,
@@ -127,25 +129,43 @@ class Writer:
             StorageError: (an `OSError`) The disk is full or fails; the checkpoints that were there
                 are as they were.
         """
+        with self.begun() as unfinished:
+            return self.finish(unfinished, content)
+
+    @contextmanager
+    def begun(self) -> Iterator[Unfinished]:
+        """Lend a hidden folder, to be finished within the block, and delete it otherwise.
+
+        Raises:
+            StorageError: (an `OSError`) See `write`.
+        """
         with self._storing("the checkpoints that were there are as they were.  Make room"):
-            checkpoint = self._write(content)
+            unfinished = folders.begin(self.disk, self.folder)
+            try:
+                yield unfinished
+            except BaseException:
+                unfinished.discard()
+                raise
+
+    def finish(self, unfinished: Unfinished, content: Content) -> Checkpoint:
+        """Write all that is not there yet, and publish; see `write`."""
+        self._check_room(content.nbytes)
+        records = dict(self._found(unfinished.path)) | dict(
+            self._write_files(unfinished.path, content)
+        )
+        self._write_manifest(unfinished.path, records)
+        checkpoint = unfinished.publish(content.step)
+        self.disk.sync_folder(self.folder)
         with self._storing(f"{checkpoint.path.name} is saved, and older ones are still there"):
             if self.keep_last is not None:
                 folders.keep_newest(self.disk, self.folder, self.keep_last)
         return checkpoint
 
-    def _write(self, content: Content) -> Checkpoint:
-        unfinished = folders.begin(self.disk, self.folder)
-        try:
-            self._check_room(content.nbytes)
-            records = dict(self._write_files(unfinished.path, content))
-            self._write_manifest(unfinished.path, records)
-            checkpoint = unfinished.publish(content.step)
-        except BaseException:
-            unfinished.discard()
-            raise
-        self.disk.sync_folder(self.folder)
-        return checkpoint
+    def _found(self, folder: Path) -> Iterator[tuple[str, FileRecord]]:
+        """Yield the files that ranks have written into a folder of it."""
+        for path in sorted(folder.glob("*/*")):
+            name = path.relative_to(folder).as_posix()
+            yield name, hash_file(path, self.hashing)
 
     def _write_files(self, folder: Path, content: Content) -> Iterator[tuple[str, FileRecord]]:
         """Write all but the manifest; yield each file with what is in it."""
@@ -176,13 +196,15 @@ class Writer:
     def _check_room(self, nbytes: int) -> None:
         free = shutil.disk_usage(self.folder).free
         if free < nbytes + _SPARE_BYTES:
-            raise StorageError(f"{free} bytes are free, and the checkpoint has {nbytes}")
+            raise OSError(errno.ENOSPC, f"{free} bytes are free, and the checkpoint has {nbytes}")
 
     @contextmanager
     def _storing(self, state: str) -> Iterator[None]:
         """Say where it was, what is left, and what to do."""
         try:
             yield
+        except StorageError:
+            raise
         except OSError as error:
             raise StorageError(
                 f"{self.folder}: the checkpoint can't be saved: {in_one_line(error)}; {state}, or"
@@ -222,10 +244,11 @@ class Archive:
             tensors = read_tensor_file(self.path / file, self._records[file], self._reading)
         return decode(tree, tensors, str(self.path / f"{name}.json"))
 
-    def check(self) -> None:
-        """Read every file through, and compare it with the manifest."""
-        for name, record in self._records.items():
-            check_file(self.path / name, record, self._reading)
+    def check(self, folder: str, share: slice) -> None:
+        """Read the files in a folder of the checkpoint through, or a share, and compare them."""
+        names = sorted(name for name in self._records if name.startswith(f"{folder}/"))
+        for name in names[share]:
+            check_file(self.path / name, self._records[name], self._reading)
 
     def _json(self, name: str) -> Any:
         path = self.path / name

@@ -55,7 +55,11 @@ class Ranks:
 
 
 class Exchange:
-    """One question that all ranks answer, and what rank 0 makes of the answers."""
+    """One question that all ranks answer, and what rank 0 makes of the answers.
+
+    Attributes:
+        what: What it is about, for errors.
+    """
 
     def __init__(self, ranks: Ranks, what: str, timeout: float) -> None:
         """Begin; every rank does, in the same order.
@@ -66,7 +70,7 @@ class Exchange:
             timeout: Seconds that the others have.
         """
         self._ranks = ranks
-        self._what = what
+        self.what = what
         self._timeout = timeout
         self._key = f"{_PREFIX}/{next(_exchanges)}"
         self._store: Any = dist.distributed_c10d._get_default_store() if self._is_shared else None  # noqa: SLF001 - no public way leads there
@@ -95,7 +99,7 @@ class Exchange:
             if text.startswith(_FAILED)
         ]
         if failed:
-            self._end(RankLostError(f"{self._what} failed on {'; '.join(failed)}"))
+            self._end(RankLostError(f"{self.what} failed on {'; '.join(failed)}"))
         return [text[1:] for text in answers]
 
     def tell(self, answer: bytes = b"") -> bytes:
@@ -136,7 +140,7 @@ class Exchange:
             else:
                 answer = self._wait_for_first(key)
         if answer.startswith(_FAILED):
-            raise RankLostError(f"{self._what} failed on rank 0: {answer[1:].decode()}")
+            raise RankLostError(f"{self.what} failed on rank 0: {answer[1:].decode()}")
         return answer[1:]
 
     def _wait_for_first(self, key: str) -> bytes:
@@ -144,7 +148,7 @@ class Exchange:
             self._store.wait([key], timedelta(seconds=self._timeout + _GRACE))
         except RuntimeError as error:  # a FileStore raises no other
             raise RankLostError(
-                f"rank 0 did not end {self._what} within {self._timeout + _GRACE:g} s: it has"
+                f"rank 0 did not end {self.what} within {self._timeout + _GRACE:g} s: it has"
                 f" ended, or hangs; see its log ({in_one_line(error)}).  The checkpoints that were"
                 " there are as they were"
             ) from error
@@ -159,7 +163,7 @@ class Exchange:
             return
         names = ", ".join(map(str, missing))
         error = RankLostError(
-            f"rank{'s' if len(missing) > 1 else ''} {names} did not come to {self._what} within"
+            f"rank{'s' if len(missing) > 1 else ''} {names} did not come to {self.what} within"
             f" {self._timeout:g} s: ended, or hanging; see"
             f" {'their logs' if len(missing) > 1 else 'its log'}.  The checkpoints that were there"
             " are as they were"
@@ -189,7 +193,7 @@ class Exchange:
             raise
         except (RuntimeError, OSError) as error:
             raise RankLostError(
-                f"{self._what} can't be agreed on: the place where the ranks met, at rank 0 as a"
+                f"{self.what} can't be agreed on: the place where the ranks met, at rank 0 as a"
                 f" rule, is gone ({in_one_line(error)}).  The checkpoints that were there are as"
                 " they were"
             ) from error

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from splitlearn_core.checkpoint import archive, random_states, stateful
+from splitlearn_core.checkpoint import archive, random_states, shards, stateful
 from splitlearn_core.checkpoint.archive import Archive
 from splitlearn_core.checkpoint.exchange import Ranks
 from splitlearn_core.checkpoint.sampler import ResumableSampler, batches_of, with_batches
-from splitlearn_core.checkpoint.taking import RANDOM, VALUES
+from splitlearn_core.checkpoint.taking import RANDOM, SHARDED, VALUES
 from splitlearn_core.checkpoint.world import Batches, Converted, Progress, convert
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.headers import listed
@@ -66,13 +66,16 @@ class Read:
     ranks: tuple[dict[str, Any], ...]
 
     @classmethod
-    def of(cls, opened: Archive, things: Mapping[str, Any], skip: Iterable[str]) -> Read:
+    def of(
+        cls, opened: Archive, things: Mapping[str, Any], skip: Iterable[str], here: Ranks
+    ) -> Read:
         """Read all that is wanted, and check that nothing else was saved or asked for."""
         training = opened.training
         described: Mapping[str, Any] = training["things"]
         skipped = set(skip)
         _check_asked(opened.path, described, things, skipped)
-        wanted = [n for n in described if n not in skipped]
+        wanted = [n for n in described if n not in skipped and described[n]["kind"] != SHARDED]
+        opened.check(shards.FOLDER, slice(here.rank, None, here.world_size))
         ranks = range(training["world_size"])
         return cls(
             opened.path,
@@ -92,6 +95,10 @@ def _check_asked(
     if left := stateful_ones - things.keys() - skipped:
         raise NotAskedForError(
             f"{path} has {listed(left)}, too: give what is to have that state, or name it in skip"
+        )
+    if "optimizer" in things and "model" not in things and saved["optimizer"]["kind"] == SHARDED:
+        raise NotAskedForError(
+            f"{path}: the optimizer's state is that of shares: give the model, too"
         )
     if plain := things.keys() - stateful_ones:
         raise NotAskedForError(
@@ -118,7 +125,7 @@ class Loading:
         converted = self._convert(policy)
         states = self.read.states
         where = str(self.read.path)
-        for name, thing in self.things.items():
+        for name, thing in self._whole.items():
             saved = self.read.training["things"][name]["class"]
             stateful.check(name, thing, states[name], saved, where)
         self._give_all(states)
@@ -129,19 +136,28 @@ class Loading:
             logger.warning("%s: %s", where, note)
         return self._state(converted.progress, notes)
 
+    @property
+    def _whole(self) -> dict[str, Any]:
+        """The things that were not saved as shares of ranks."""
+        saved = self.read.training["things"]
+        return {n: t for n, t in self.things.items() if saved[n]["kind"] != SHARDED}
+
     def _give_all(self, states: Mapping[str, Any]) -> None:
         """Give each its state; where one refuses, the small ones get their old state back."""
         large = {"module", "adapter", "optimizer"}
-        kinds = {name: stateful.kind_of(name, thing) for name, thing in self.things.items()}
-        small = {name: thing for name, thing in self.things.items() if kinds[name] not in large}
+        whole = self._whole
+        kinds = {name: stateful.kind_of(name, thing) for name, thing in whole.items()}
+        small = {name: thing for name, thing in whole.items() if kinds[name] not in large}
         with stateful.unchanged_if_raised(small):
-            for name in sorted(self.things, key=lambda name: kinds[name] in large):
+            for name in sorted(whole, key=lambda name: kinds[name] in large):
                 try:
-                    stateful.give(name, self.things[name], states[name])
+                    stateful.give(name, whole[name], states[name])
                 except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
                     raise CheckpointError(
                         f"{self.read.path}: {name} does not take its state: {in_one_line(error)}"
                     ) from error
+            if shared := self.things.keys() - whole.keys():
+                shards.read(self.read.path, {name: self.things[name] for name in shared})
 
     def _convert(self, policy: str | None) -> Converted:
         """Find out how training goes on at the number of ranks that there is."""

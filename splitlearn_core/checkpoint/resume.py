@@ -14,11 +14,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from splitlearn_core.checkpoint import archive, folders
+from splitlearn_core.checkpoint import archive, folders, shards
 from splitlearn_core.checkpoint.archive import Content, Writer
 from splitlearn_core.checkpoint.background import Background, Here
 from splitlearn_core.checkpoint.disk import Disk
@@ -103,7 +104,8 @@ class Checkpointer:
         Args:
             step: Steps of the optimizer that were taken.
             epoch: The sampler's, or 0, where left out.
-            model: A module; DDP and `torch.compile` are taken off.
+            model: A module; DDP and `torch.compile` are taken off.  One that FSDP has shared out is
+                written by all ranks, with its optimizer, through DCP.
             adapter: A module of which only what is trained (and LoRA) is saved, not what is frozen.
             optimizer: Likewise `scheduler`, `scaler`, …: with `state_dict` and `load_state_dict`.
             scheduler: See above.
@@ -137,9 +139,16 @@ class Checkpointer:
             own = archive.pack(encode(rank_state(rank_values), "rank_values"))
             facts = Facts.of(step, epoch, consumed_samples, batches, sampler, ranks)
             content = content_of(things, facts, run_id) if ranks.is_first else None
+            sharded = shards.sharded_names(things)
+            if sharded and background:
+                raise ValueError(
+                    "a sharded model is written by all ranks, and can't be saved in the background"
+                )
         packed = exchange.gather(own)
         if content is not None:
             content.ranks = packed
+        if sharded:
+            return self._write_shards(content, exchange, things, ranks)
         if background:
             self._begin(content, exchange)
             return None
@@ -193,6 +202,26 @@ class Checkpointer:
                 with ThreadPoolExecutor(_HASHING, "splitlearn-hash") as hashing:
                     written = os.fsencode(self._writer(hashing).write(content).path)
         return Path(os.fsdecode(exchange.tell(written)))
+
+    def _write_shards(
+        self, content: Content | None, begun: Exchange, things: Mapping[str, Any], ranks: Ranks
+    ) -> Path:
+        """Let every rank write its share, and rank 0 all else."""
+        ended = Exchange(ranks, f"{begun.what}, of which each rank writes its share", self._timeout)
+        place, written = b"", b""
+        with ended.failing(), ExitStack() as on_first:
+            with begun.failing():
+                if content is not None:
+                    pool = ThreadPoolExecutor(_HASHING, "splitlearn-hash")
+                    writer = self._writer(on_first.enter_context(pool))
+                    unfinished = on_first.enter_context(writer.begun())
+                    place = os.fsencode(unfinished.path)
+            place = begun.tell(place)
+            shards.write(Path(os.fsdecode(place)), things)
+            ended.gather(b"")
+            if content is not None:
+                written = os.fsencode(writer.finish(unfinished, content).path)
+        return Path(os.fsdecode(ended.tell(written)))
 
     def _begin(self, content: Content | None, exchange: Exchange) -> None:
         """Copy all tensors on rank 0, and begin to write."""
@@ -300,7 +329,7 @@ class Checkpointer:
         read: Read | None = None
         try:
             with archive.opened(candidate.path, copying_threads()) as opened:
-                read = Read.of(opened, things, skip)
+                read = Read.of(opened, things, skip, ranks)
         except CheckpointError as error:
             failure = error
         reasons = exchange.gather(in_one_line(failure).encode() if failure else b"")

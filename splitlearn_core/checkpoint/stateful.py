@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from splitlearn_core.checkpoint.sampler import ResumableSampler
+from splitlearn_core.checkpoint.shards import is_sharded
 from splitlearn_core.checkpoint.wrappers import unwrapped
 from splitlearn_core.dtypes import dtype_name
 from splitlearn_core.errors import CheckpointError, UnsavableStateError
@@ -84,6 +85,11 @@ def check(name: str, thing: Any, state: Any, saved_class: str, where: str) -> No
         CheckpointError: (a `ValueError`) It does not fit; says what differs.
     """
     kind = kind_of(name, thing)
+    if is_sharded(thing):
+        raise CheckpointError(
+            f"{where}: {name} was saved whole, and this one is shared out over ranks: load it"
+            " before it is sharded, or save a sharded one"
+        )
     try:
         if kind == "module":
             _check_tensors(name, dict(unwrapped(thing).state_dict()), state, where)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from splitlearn_core.checkpoint import archive, random_states, stateful
+from splitlearn_core.checkpoint import archive, random_states, shards, stateful
 from splitlearn_core.checkpoint.archive import Content
 from splitlearn_core.checkpoint.encoding import encode
 from splitlearn_core.checkpoint.exchange import Ranks
@@ -17,6 +17,9 @@ from splitlearn_core.headers import listed
 
 RANDOM, VALUES = "random", "values"
 """What a rank's own state is made of."""
+
+SHARDED = "sharded"
+"""The kind of what ranks have shares of."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,17 @@ def rank_state(values: Any) -> dict[str, Any]:
 
 def content_of(things: Mapping[str, Any], facts: Facts, run_id: str | None) -> Content:
     """Take the state of everything apart."""
-    parts = {name: encode(stateful.state_of(name, thing), name) for name, thing in things.items()}
+    sharded = shards.sharded_names(things)
+    parts = {
+        name: encode(stateful.state_of(name, thing), name)
+        for name, thing in things.items()
+        if name not in sharded
+    }
     described = {
-        name: {"kind": stateful.kind_of(name, thing), "class": stateful.class_of(thing)}
+        name: {
+            "kind": SHARDED if name in sharded else stateful.kind_of(name, thing),
+            "class": stateful.class_of(thing),
+        }
         for name, thing in things.items()
     }
     training = {

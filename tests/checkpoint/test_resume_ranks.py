@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import run_ranks, start_ranks
+import torch
+from ranks import Run, run_ranks
+from resume_checks import sharded_model, sharded_step
 
 from splitlearn_core.checkpoint.resume import load_checkpoint, save_checkpoint
 from splitlearn_core.checkpoint.sampler import ResumableSampler
-from splitlearn_core.errors import WorldSizeError
+from splitlearn_core.errors import CheckpointError, WorldSizeError
 
+DEATH = ("check_z_death",)
 CHECKS = (
     "check_each_rank_gets_its_own_back",
     "check_a_disk_that_is_full",
@@ -20,6 +24,7 @@ CHECKS = (
     "check_a_rank_that_does_not_come",
     "check_damage_that_one_rank_sees",
     "check_a_changed_number_of_ranks",
+    "check_a_model_in_shares",
 )
 
 
@@ -36,23 +41,35 @@ def found(folder: Path) -> dict[str, list[Any]]:
     for _ in range(12):
         next(tracked)
     save_checkpoint(folder / "single", step=3, sampler=sampler)
-    settings = {"single": str(folder / "single"), "names": list(CHECKS)}
-    answers = run_ranks("resume_checks", 2, folder, settings)
+    settings = {"single": str(folder / "single")}
+    runs = [
+        Run(str(folder / "both"), ["resume_checks"], 2, settings, CHECKS),
+        *(
+            Run(str(folder / f"dies-{n}"), ["resume_checks"], 2, {"dies": n}, DEATH, dying=n)
+            for n in range(2)
+        ),
+    ]
+    run_ranks(folder, runs)
+    answers = runs[0].answers()
     for answer in answers:
         assert not [entry["error"] for entry in answer.values() if "error" in entry]
-    return {name: [answer[name]["value"] for answer in answers] for name in CHECKS}
+    survivors = [run.answers()[0] for run in runs[1:]]
+    return {
+        **{name: [answer[name]["value"] for answer in answers] for name in CHECKS},
+        "check_z_death": [answer["check_z_death"] for answer in survivors],
+    }
 
 
 def test_each_rank_gets_its_own_back(folder: Path, found: dict[str, list[Any]]) -> None:
     one, other = found["check_each_rank_gets_its_own_back"]
 
-    assert one["path"] == other["path"] == str(folder / "own" / "000001-step-4")
+    assert one["path"] == other["path"] == str(folder / "both" / "own" / "000001-step-4")
     assert one["drawn"] == one["again"] != other["drawn"] == other["again"]
     assert one["weights"]
     assert other["weights"]
     assert one["values"] == other["values"] == [{"rank": 0}, {"rank": 1}]
     assert one["background"] is other["background"] is None
-    assert one["later"] == other["later"] == str(folder / "own" / "000002-step-5")
+    assert one["later"] == other["later"] == str(folder / "both" / "own" / "000002-step-5")
     assert one["notes"] == other["notes"] == []
 
 
@@ -72,7 +89,7 @@ def test_a_rank_that_can_not_save_stops_all(folder: Path, found: dict[str, list[
 
     assert one[0].startswith("RankLostError: the save of step 1 failed on rank 1: Unsavable")
     assert other[0].startswith("UnsavableStateError: rank_values['values']")
-    assert one[1] == other[1] == str(folder / "bad" / "000001-step-2")
+    assert one[1] == other[1] == str(folder / "both" / "bad" / "000001-step-2")
 
 
 def test_a_rank_that_does_not_come_is_named(found: dict[str, list[Any]]) -> None:
@@ -109,23 +126,52 @@ def test_a_changed_number_of_ranks(found: dict[str, list[Any]]) -> None:
 def test_what_two_ranks_saved_at_one(folder: Path, found: dict[str, list[Any]]) -> None:
     del found
     with pytest.raises(WorldSizeError, match="2 ranks, and there is 1 now"):
-        load_checkpoint(folder / "own", skip=["model"])
+        load_checkpoint(folder / "both" / "own", skip=["model"])
     state = load_checkpoint(
-        folder / "own", skip=["model"], on_world_change="constant_batch_per_rank"
+        folder / "both" / "own", skip=["model"], on_world_change="constant_batch_per_rank"
     )
     assert (state.step, state.saved_world_size, state.world_size) == (10, 2, 1)
 
 
-@pytest.mark.parametrize(("dies", "said"), [(1, "rank 1 did not come"), (0, "rank 0 did not end")])
-def test_a_rank_that_dies_ends_the_other(tmp_path: Path, dies: int, said: str) -> None:
-    settings = {"dies": dies, "names": ["check_z_death"]}
-    processes = start_ranks("resume_checks", 2, tmp_path, settings)
-    try:
-        codes = [process.wait(timeout=60) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+def test_a_model_in_shares(folder: Path, found: dict[str, list[Any]]) -> None:
+    one, other = found["check_a_model_in_shares"]
 
-    assert codes == [3 if rank != dies else -9 for rank in range(2)]
-    assert said in (tmp_path / "said").read_text()
+    assert one["path"] == other["path"] == str(folder / "both" / "shares" / "000001-step-1")
+    assert one["found"] == one["expected"] == other["found"]
+    assert one["values"] == [0, 1]
+    assert one["full"].startswith("StorageError: ")
+    assert "failed on rank 0: StorageError" in other["full"]
+    assert one["left"] == []
+    assert "can't be saved in the background" in one["background"]
+    assert "give the model, too" in one["optimizer"] + other["optimizer"]
+
+
+def test_shares_of_two_ranks_at_one_and_damaged(
+    folder: Path, found: dict[str, list[Any]], tmp_path: Path
+) -> None:
+    model, optimizer = sharded_model(3, shard=False)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    things = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    policy = {"on_world_change": "constant_global_batch"}
+    shutil.copytree(folder / "both" / "shares", tmp_path / "run")
+
+    state = load_checkpoint(tmp_path / "run", **things, **policy)
+
+    losses = [sharded_step(model, optimizer, number) for number in (1, 2)]
+    assert losses == pytest.approx(found["check_a_model_in_shares"][0]["expected"], abs=1e-6)
+    assert state.step == 1
+    share = next((tmp_path / "run" / "000001-step-1" / "sharded").glob("*.distcp"))
+    content = bytearray(share.read_bytes())
+    content[len(content) // 2] ^= 1
+    share.write_bytes(content)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=rf"{share.name} is damaged between bytes 0 and"):
+        load_checkpoint(tmp_path / "run", **things, **policy)
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+def test_a_rank_that_dies_ends_the_other(found: dict[str, list[Any]]) -> None:
+    without_first, without_second = found["check_z_death"]
+
+    assert "rank 0 did not end the save of step 1 within 6 s" in without_first["value"]
+    assert "rank 1 did not come to the save of step 1 within 1 s" in without_second["value"]
