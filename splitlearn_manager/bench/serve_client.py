@@ -11,18 +11,21 @@ import asyncio
 import json
 import math
 import os
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import count
 from typing import Any
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import uvloop
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
+from splitlearn_manager.client.websocket import WebSocket
 from splitlearn_manager.serving.wire import (
     SUBPROTOCOL,
     DType,
@@ -99,6 +102,34 @@ async def clients(url: str, number: int, hidden: tuple[int, DType]) -> AsyncIter
         yield [Client(connection, hidden) for connection in connections]
 
 
+class _PlainClient:
+    """One connection as `RemoteTrunk` has it, which waits for each answer."""
+
+    def __init__(self, url: str) -> None:
+        address = urlsplit(url)
+        self._socket = WebSocket(
+            socket.create_connection((address.hostname, address.port)),
+            f"{url.replace('http', 'ws', 1)}/v2/models/trunk/sessions",
+            subprotocol=SUBPROTOCOL,
+            headers={},
+            tls=None,
+            handshake_timeout=READY_SECONDS,
+            send_timeout=READY_SECONDS,
+        )
+
+    def ask(self, frame: Frame) -> Frame:
+        """Send a frame, and return its answer."""
+        self._socket.send(encode(frame))
+        answer = decode(self._socket.receive(READY_SECONDS))
+        if answer.kind is Kind.ERROR:
+            raise RuntimeError(f"{frame.kind.name}: {dict(answer.info)}")
+        return answer
+
+    def close(self) -> None:
+        """Say good-bye."""
+        self._socket.close()
+
+
 async def streams(
     url: str, hidden: list[Any], sessions: int, prompt: int, new: int
 ) -> dict[str, Any]:
@@ -158,21 +189,30 @@ async def beside_a_prompt(
 async def echoes(
     url: str, port: int, hidden: list[Any], positions: int, times: int
 ) -> dict[str, Any]:
-    """Send steps to a part without layers, and as many bytes to bare streams, in turns."""
+    """Send steps to a part without layers, and as many bytes to bare streams, in turns.
+
+    Steps go the way of `RemoteTrunk`, over its own WebSocket.
+    """
     size, dtype = _hidden(hidden)
     message = bytes(positions * size * dtype.itemsize)
     head = len(message).to_bytes(LENGTH_BYTES, "little")
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=RAW_LIMIT)
     steps, raw = [], []
-    async with clients(url, 1, (size, dtype)) as (client,):
-        session = await client.open()
-        for number in range(times):
-            steps.append(await client.step(session, number * positions, positions))
-            start = time.perf_counter()
-            writer.write(head + message)
-            await writer.drain()
-            await reader.readexactly(LENGTH_BYTES + len(message))
-            raw.append(time.perf_counter() - start)
+    trunk = _PlainClient(url)
+    session = trunk.ask(Frame(Kind.OPEN, 1)).info["session"]
+    shape = (1, positions, size)
+    for number in range(times):
+        tensor = WireTensor(TensorName.HIDDEN_STATES, dtype, shape, memoryview(message))
+        step = Frame(Kind.STEP, 2 + number, session, number * positions, tensors=(tensor,))
+        start = time.perf_counter()
+        trunk.ask(step)
+        steps.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        writer.write(head + message)
+        await writer.drain()
+        await reader.readexactly(LENGTH_BYTES + len(message))
+        raw.append(time.perf_counter() - start)
+    trunk.close()
     writer.close()
     return {"steps": steps, "raw": raw}
 

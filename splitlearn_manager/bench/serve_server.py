@@ -95,6 +95,7 @@ class EchoPart:
     dtype = hidden_dtype = torch.bfloat16
     side_inputs = side_outputs = ()
     max_positions = None
+    drops_positions = True  # it keeps none, so that no two sessions share a forward
     nbytes = 0
 
     def __init__(self, hidden_size: int) -> None:
