@@ -15,13 +15,16 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-SHORTEST_PIECE = 16
+SHORTEST_PIECE = 8
 """Positions; a shorter piece would cost as much time."""
 
-LONG_SHARE = 1.75
+LONG_SHARE = 1.6
 SHORT_SHARE = 4.0
-"""Seconds of a piece of a prompt for each second of the last forward of steps: of prompts that are
-longer than a chunk, and of the others."""
+"""Seconds of a piece of a prompt for each second of a forward of steps: of prompts that are longer
+than a chunk, and of the others."""
+
+_REMEMBERED = 4
+"""Forwards of steps of which the shortest counts: one that was held up makes no piece longer."""
 
 WAITING_SHARE = 0.25
 LONGEST_WAIT = 0.02
@@ -48,10 +51,12 @@ class Pace:
     ended: float = 0.0
     per_position: float = 0.0
     _last: deque[frozenset[int]] = field(default_factory=lambda: deque(maxlen=2))
+    _seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
 
     def steps_ran(self, sessions: frozenset[int], seconds: float, ended: float) -> None:
         """Note a forward of the steps of these sessions."""
         self._last.append(sessions)
+        self._seconds.append(seconds)
         self.seconds = seconds
         self.ended = ended
 
@@ -79,11 +84,11 @@ class Pace:
             now: The batcher's clock.
         """
         alone = now - self.ended > RECENT * max(self.seconds, 1)
-        if alone or not self.per_position:
+        if alone or not self.per_position or not self._seconds:
             return min(left, self.chunk)
         short = prompt <= self.chunk
         if short and short_prompts > 1:
             return left
         share = SHORT_SHARE if short else LONG_SHARE
-        fair = int(share * self.seconds / self.per_position / rows)
+        fair = int(share * min(self._seconds) / self.per_position / rows)
         return min(max(fair, SHORTEST_PIECE), left, self.chunk)

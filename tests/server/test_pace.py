@@ -26,6 +26,16 @@ def test_a_prompt_beside_steps_takes_a_share_of_their_time() -> None:
     assert pace(8).piece(8192, 8192, 1, 0, NOW) == int(LONG_SHARE * 0.3 / 0.005)
 
 
+def test_a_forward_that_was_held_up_makes_no_piece_longer() -> None:
+    found = pace(8)
+    found.steps_ran(frozenset(range(8)), 3.0, NOW)
+    assert found.piece(8192, 8192, 1, 0, NOW) == int(LONG_SHARE * 0.3 / 0.005)
+
+    for _ in range(3):
+        found.steps_ran(frozenset(range(8)), 0.6, NOW)
+    assert found.piece(8192, 8192, 1, 0, NOW) == int(LONG_SHARE * 0.6 / 0.005)
+
+
 def test_the_rows_of_a_prompt_share_the_time() -> None:
     assert pace(8).piece(8192, 8192, 3, 0, NOW) == int(LONG_SHARE * 0.3 / 0.005 / 3)
 
