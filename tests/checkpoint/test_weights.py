@@ -391,7 +391,12 @@ def test_two_ranks_save_and_load_one_model(
         subprocess.Popen([sys.executable, RANK_CHILD, str(rank), "2", str(tmp_path), *ways])
         for rank in range(2)
     ]
-    assert [child.wait(100) for child in children] == [0, 0]
+    try:
+        assert [child.wait(600) for child in children] == [0, 0]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
 
     told = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
     total = sum(p.numel() for p in model.parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,11 @@ def test_a_quick_run_has_every_row_and_no_target(tmp_path: Path) -> None:
         "manager.infer over a bare call, qwen2-tiny, one token",
         "list of 100 models",
     ]
-    assert all(row["value"] >= 0 and row["target"] is None for row in rows)
+    assert all(row["target"] is None for row in rows)
+    overhead = rows.pop(5)  # a difference: of a few calls, beside other work, it can be below 0
+    assert overhead["unit"] == "us"
+    assert math.isfinite(overhead["value"])
+    assert all(row["value"] >= 0 for row in rows)
 
 
 @pytest.mark.anyio
