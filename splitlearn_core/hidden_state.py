@@ -8,6 +8,8 @@ from types import MappingProxyType
 
 import torch
 
+from splitlearn_core.transfers import on_device
+
 _NOTHING: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
@@ -66,8 +68,9 @@ class HiddenState:
         """
         if isinstance(device, torch.dtype):
             raise TypeError("a HiddenState keeps its dtypes: parts agree in them")
-        side = {name: value.to(device) for name, value in self.side.items()}
-        return replace(self, tensor=self.tensor.to(device), side=side)
+        there = torch.device(device)
+        side = {name: on_device(value, there) for name, value in self.side.items()}
+        return replace(self, tensor=on_device(self.tensor, there), side=side)
 
     def detach(self) -> HiddenState:
         """Return it outside of any graph."""

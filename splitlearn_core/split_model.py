@@ -20,6 +20,7 @@ from splitlearn_core.module_states import KEPT, ModuleStates
 from splitlearn_core.packed_linear import PackedLinear
 from splitlearn_core.passage import HiddenStateLeaves
 from splitlearn_core.side_values import hidden_dtype, hidden_sizes, made_values, received_values
+from splitlearn_core.transfers import on_device
 
 if TYPE_CHECKING:
     import os
@@ -236,14 +237,14 @@ class SplitModel(nn.Module):
             kwargs.pop("logits_to_keep", None)
         device = self.device  # found anew each time, which takes a while
         arguments = {
-            "attention_mask": None if attention_mask is None else attention_mask.to(device),
-            "position_ids": None if position_ids is None else position_ids.to(device),
+            "attention_mask": _brought(attention_mask, device),
+            "position_ids": _brought(position_ids, device),
             self._family.cache_argument: past_key_values,
             **kwargs,
         }
         if use_cache is not None or past_key_values is not None:
             arguments["use_cache"] = past_key_values is not None or use_cache
-        output = self._run(inputs.to(device), arguments)
+        output = self._run(_brought(inputs, device), arguments)
         if isinstance(past_key_values, PartCache):
             new = inputs.new if isinstance(inputs, HiddenState) else inputs.shape[1]
             past_key_values.advance_ghosts(new)
@@ -395,3 +396,10 @@ class SplitModel(nn.Module):
             return {"input_ids": torch.zeros(batch, new, dtype=torch.long, device=given.device)}
         width = self._passage.embedding_width
         return {"inputs_embeds": torch.zeros(batch, new, width, dtype=dtype, device=given.device)}
+
+
+def _brought(value: Any, device: torch.device) -> Any:
+    """Return a tensor, or a `HiddenState`, on a device; of none none."""
+    if isinstance(value, torch.Tensor):
+        return on_device(value, device)
+    return None if value is None else value.to(device)

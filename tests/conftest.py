@@ -37,6 +37,16 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test marked `gpu`, or `gpu(2)`, where there are not so many."""
+    for mark in item.iter_markers("gpu"):
+        import torch  # noqa: PLC0415 - most tests do without
+
+        wanted, found = mark.args[0] if mark.args else 1, torch.cuda.device_count()
+        if found < wanted:
+            pytest.skip(f"needs {wanted} CUDA device(s), and this machine has {found}")
+
+
 @pytest.fixture(
     params=[
         pytest.param(("asyncio", {"debug": True}), id="asyncio"),
