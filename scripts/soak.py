@@ -59,6 +59,9 @@ CAMPAIGNS = {
     "architectures": Campaign(
         "architectures", 140, "every certified type, cut at random into 3, 4, 5 and 6 parts"
     ),
+    "sharded": Campaign(
+        "sharded", 200, "every certified type over two ranks, with FSDP2 and FSDP1"
+    ),
     "downloads": Campaign(
         "downloads", 300, "a part is fetched by processes that are killed, then by one that is not"
     ),

@@ -10,6 +10,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from splitlearn_core import machine
+
 _DEFAULT_TIMEOUT = 600.0
 
 
@@ -21,6 +23,7 @@ def joined_group(
     world_size: int | None = None,
     backend: str | None = None,
     timeout: float = _DEFAULT_TIMEOUT,
+    map_large_blocks: bool = False,
 ) -> Iterator[int]:
     """Join the process group for the block, and leave it afterwards, however the block ends.
 
@@ -35,10 +38,14 @@ def joined_group(
         world_size: How many there are; `None` reads `WORLD_SIZE`.
         backend: `gloo` or `nccl`; `None`: gloo for the CPU, nccl for GPUs that are there.
         timeout: Seconds that an operation among ranks may take.
+        map_large_blocks: Have glibc give blocks of 1 MiB and more back to the system when they are
+            freed, in the whole process: gathered parameters then don't seem to stay.
 
     Yields:
         This process's rank.
     """
+    if map_large_blocks:
+        machine.map_large_blocks()
     mine = int(os.environ["RANK"]) if rank is None else rank
     size = int(os.environ["WORLD_SIZE"]) if world_size is None else world_size
     has_gpus = torch.cuda.is_available()

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, GenerationConfig
 
+from splitlearn_core.checkpoint.wrappers import plain_name
 from splitlearn_core.families import family_of
 from splitlearn_core.pruning import AbsentModule, prune
 from splitlearn_core.skeleton import build_skeleton, building, initialise_buffers
@@ -55,9 +56,9 @@ class Shell:
         return list(every[spec.start_layer : spec.end_layer])
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """Return the persistent buffers, which every rank has whole, by name."""
-        stored = self.outline.tensors
-        return {name: buffer for name, buffer in self.model.named_buffers() if name in stored}
+        """Return the persistent buffers, which every rank has whole, by name; wrapped or not."""
+        named = ((plain_name(name), buffer) for name, buffer in self.model.named_buffers())
+        return {name: buffer for name, buffer in named if name in self.outline.tensors}
 
 
 def build_shell(outline: Outline, device: torch.device) -> Shell:
@@ -71,7 +72,10 @@ def build_shell(outline: Outline, device: torch.device) -> Shell:
         CheckpointError: (a `ValueError`) No model can be built of the config.
     """
     spec = outline.spec
-    config = CONFIG_MAPPING[outline.model_type].from_dict(json.loads(outline.config))
+    made: Any = CONFIG_MAPPING[outline.model_type]
+    # JSON has no infinities; transformers writes and reads them so
+    fields = made._decode_special_floats(json.loads(outline.config))  # noqa: SLF001
+    config = made.from_dict(fields)
     built_as: torch.dtype = getattr(torch, outline.built_as)
     model = build_skeleton(config, outline.checkpoint, built_as)
     family = (any_family if outline.uncertified else family_of)(outline.model_type)

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
+import torch
+from checkpoints import Checkpoint
+from sharded_checks import documented_calls
+from transformers import AutoModelForCausalLM
 from two_ranks import TwoRanks
+
+from splitlearn_core.sharded import joined_group, load_dcp
 
 SAMPLES = 3 * 256
 
@@ -43,7 +55,7 @@ def test_what_is_handed_out(two_ranks: TwoRanks) -> None:
 
 def test_other_models_are_equal_to_the_bit(two_ranks: TwoRanks) -> None:
     for equal in two_ranks("check_other_models"):
-        assert len(equal) == 16
+        assert len(equal) == 19
         assert [name for name, value in equal.items() if not value] == []
 
 
@@ -230,3 +242,42 @@ def test_progress_ends_with_the_share(two_ranks: TwoRanks) -> None:
         done = [one for one, _ in seen]
         assert done == sorted(done)
         assert seen[-1][0] == seen[-1][1] > 100_000
+
+
+def test_each_equivalent_that_the_page_lists_runs(two_ranks: TwoRanks) -> None:
+    for done in two_ranks("check_documented_equivalents"):
+        assert done == documented_calls()
+        assert len(done) == 11
+
+
+def test_the_pages_example_runs_under_torchrun(
+    make_checkpoint: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
+    page = (Path(__file__).parents[2] / "docs/sharded.md").read_text(encoding="utf-8")
+    script = tmp_path / "train.py"
+    script.write_text(page.partition("```python\n")[2].partition("```")[0], encoding="utf-8")
+    llama = make_checkpoint("llama").path
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(script), str(llama), str(tmp_path)]
+
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "ShardReport(component='full', how='fsdp2', source='slices'" in done.stdout
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    load_dcp(tmp_path / "dcp", other := AutoModelForCausalLM.from_pretrained(llama))
+    ours, theirs = model.state_dict(), other.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_the_allocator_is_told_to_give_back_only_where_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr("splitlearn_core.machine.map_large_blocks", lambda: told.append(True))
+
+    for number, asked in enumerate((False, True)):
+        store = f"file://{tmp_path}/{number}"
+        with joined_group(store, rank=0, world_size=1, map_large_blocks=asked):
+            assert len(told) == asked

@@ -34,6 +34,7 @@ class Run:
         settings: What checks are given.
         names: Of the checks; all when left out.
         dying: The rank that kills itself.
+        gpus: Whether ranks may use GPUs.
     """
 
     folder: str
@@ -42,6 +43,7 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)
     names: Sequence[str] | None = None
     dying: int | None = None
+    gpus: bool = False
 
     def answers(self) -> list[dict[str, Any]]:
         """Return what each rank answered, by check; of one that died, before that."""
@@ -64,6 +66,8 @@ def run_ranks(folder: Path, runs: Sequence[Run]) -> None:
     orders = folder / "runs.json"
     orders.write_text(json.dumps([asdict(run) for run in runs]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    if not any(run.gpus for run in runs):
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, __file__, str(orders)]
     with (
         (folder / "ranks.log").open("w+") as log,

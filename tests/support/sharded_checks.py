@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+from splitlearn_core import sharded
 from splitlearn_core.checkpoint import save_weights
 from splitlearn_core.factory import load_component
 from splitlearn_core.sharded import (
@@ -99,10 +100,10 @@ def check_other_models(folder: Path, settings: Settings) -> dict[str, bool]:
     """Tied heads, biases, fused experts, a gate of one row, a part's folder, torch files."""
     del folder
     found = {}
-    for name in ("tied", "gpt2", "experts", "one-row", "torch-file"):
+    for name in ("tied", "gpt2", "experts", "one-row", "buffers", "torch-file"):
         for how in ("fsdp2", "fsdp1"):
             found[f"{name} {how}"] = alike(settings[name], "full", how=how)
-    for name in ("tied", "experts"):
+    for name in ("tied", "experts", "buffers"):
         found[f"{name} full_state"] = alike(settings[name], "full", source="full_state")
     found["tied top"] = alike(settings["tied"], "top")
     found["half"] = alike(settings["llama"], "full", dtype="bfloat16")
@@ -489,3 +490,34 @@ def check_progress(folder: Path, settings: Settings) -> list[list[int]]:
     seen: list[list[int]] = []
     load(settings["llama"], progress=lambda done, total: seen.append([done, total]))
     return seen
+
+
+# --- the documents -----------------------------------------------------------------------------
+
+
+def check_documented_equivalents(folder: Path, settings: Settings) -> list[str]:
+    """Do what each row of the page's table says, one after the other; return the rows."""
+    place = {
+        "path": settings["llama"],
+        "folder": folder / "documented",
+        "rank": dist.get_rank(),
+        "mesh": init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard")),
+        **{name: getattr(sharded, name) for name in sharded.__all__},
+    }
+    done = []
+    for ours in documented_calls():
+        exec(ours, place)  # noqa: S102 - the project's own page
+        if ours.startswith("model ="):
+            place["optimizer"] = torch.optim.SGD(place["model"].parameters())
+            inputs = torch.zeros(1, 3, 32) if "trunk" in ours else IDS
+            assert run(place["model"], inputs).isfinite().all()
+        done.append(ours)
+    return done
+
+
+def documented_calls() -> list[str]:
+    """Return our calls, of the table of the page on sharding."""
+    page = (Path(__file__).parents[2] / "docs/sharded.md").read_text(encoding="utf-8")
+    table = page.partition("## Their call")[2]
+    rows = [line.rstrip(" |").rpartition(" | ")[2] for line in table.splitlines() if "| `" in line]
+    return [row.strip("`") for row in rows]

@@ -39,6 +39,10 @@ class TwoRanks:
         return [answers[check]["value"] for answers in self.found]
 
 
+# Fused experts; a gate of one row; a buffer in each layer that a checkpoint has.
+_TYPES = {"experts": "qwen3_moe", "one-row": "qwen2_moe", "buffers": "hy_v3"}
+
+
 @pytest.fixture(scope="session")
 def at_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder that one process without a group has written, its state beside it."""
@@ -73,7 +77,7 @@ def _checkpoints(make: Callable[..., Checkpoint], folder: Path) -> dict[str, str
     folder.mkdir()
     llama = make("llama", shard_size="40KB").path
     tied = make("llama-tied").path
-    for name, kind in (("experts", "qwen3_moe"), ("one-row", "qwen2_moe")):
+    for name, kind in _TYPES.items():
         tiny_model(kind).save_pretrained(folder / name)
     _with(tied, folder / "tied-twice", lambda t: {"lm_head.weight": t["model.embed_tokens.weight"]})
     _with(tied, folder / "untied-values", _another_head)
@@ -85,7 +89,7 @@ def _checkpoints(make: Callable[..., Checkpoint], folder: Path) -> dict[str, str
     for name in ("other-weights", "truncated", "missing"):
         shutil.copytree(llama, folder / name)
     _damage(folder)
-    names = ("experts", "one-row", "tied-twice", "untied-values", "torch-file")
+    names = (*_TYPES, "tied-twice", "untied-values", "torch-file")
     names += ("other-weights", "truncated", "missing")
     paths = {name: folder / name for name in names}
     paths |= {"llama": llama, "tied": tied, "gpt2": make("gpt2").path}
