@@ -66,7 +66,9 @@ def run_ranks(folder: Path, runs: Sequence[Run]) -> None:
     orders = folder / "runs.json"
     orders.write_text(json.dumps([asdict(run) for run in runs]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    if not any(run.gpus for run in runs):
+    if any(run.gpus for run in runs):
+        environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # the other way is not for who forks
+    else:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, __file__, str(orders)]
     with (

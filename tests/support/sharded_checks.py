@@ -163,9 +163,10 @@ def losses(
 ) -> list[float]:
     """Train on the same text on every rank."""
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-2)
+    ids = IDS.to(next(model.parameters()).device)
     found = []
     for _ in range(steps):
-        loss = model(IDS, labels=IDS).loss
+        loss = model(ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
