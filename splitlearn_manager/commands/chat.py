@@ -10,8 +10,10 @@ import typer
 from splitlearn_manager.commands import speakers
 from splitlearn_manager.commands.errors import FAILED
 from splitlearn_manager.commands.options import (
+    Adapter,
     AllowUncertified,
     CacheDir,
+    MiniMind,
     OptionalModelName,
     OptionalSplitPoints,
     Revision,
@@ -49,6 +51,8 @@ def chat(
     quantization: Annotated[
         str | None, typer.Option(help="Pack linear layers: prepacked, fp16 or int8.")
     ] = None,
+    adapter: Adapter = None,
+    minimind: MiniMind = None,
     revision: Revision = None,
     cache_dir: CacheDir = None,
     allow_uncertified: AllowUncertified = False,
@@ -76,6 +80,8 @@ def chat(
         dtype=dtype,
         device=device,
         quantization=quantization,
+        adapter=adapter,
+        minimind=minimind,
         revision=revision,
         cache_dir=cache_dir,
         allow_uncertified=allow_uncertified,

@@ -11,9 +11,11 @@ import typer
 from splitlearn_manager.commands import speakers
 from splitlearn_manager.commands.errors import FAILED
 from splitlearn_manager.commands.options import (
+    Adapter,
     AllowUncertified,
     AsJson,
     CacheDir,
+    MiniMind,
     OptionalModelName,
     OptionalSplitPoints,
     Revision,
@@ -52,6 +54,8 @@ def generate(
     quantization: Annotated[
         str | None, typer.Option(help="Pack linear layers: prepacked, fp16 or int8.")
     ] = None,
+    adapter: Adapter = None,
+    minimind: MiniMind = None,
     revision: Revision = None,
     cache_dir: CacheDir = None,
     allow_uncertified: AllowUncertified = False,
@@ -82,6 +86,8 @@ def generate(
         dtype=dtype,
         device=device,
         quantization=quantization,
+        adapter=adapter,
+        minimind=minimind,
         revision=revision,
         cache_dir=cache_dir,
         allow_uncertified=allow_uncertified,

@@ -121,12 +121,12 @@ def check_model(
 
 
 def parse_minimind(texts: Iterable[str] | None) -> dict[str, Any] | None:
-    """Return what `--minimind num_attention_heads=16` says; `None` where it is not given.
+    """Return what `--minimind num_attention_heads=16` says; `None` where nothing does.
 
     Raises:
         ValueError: It is no NAME=VALUE, or no option that a MiniMind file has.
     """
-    if texts is None:
+    if not texts:
         return None
     return check_options(dict(_assignment(text) for text in texts))
 
@@ -179,6 +179,14 @@ MiniMind = Annotated[
         "--minimind",
         metavar="NAME=VALUE",
         help="What a MiniMind file does not tell: num_attention_heads=16, rope_theta=1e4, …",
+    ),
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        metavar="FOLDER",
+        help="A LoRA adapter that is added into the weights of the parts that are here.",
     ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]

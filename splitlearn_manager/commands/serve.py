@@ -16,13 +16,16 @@ import typer
 from splitlearn_core.plan import FULL, TRUNK
 from splitlearn_manager.commands.errors import told_in_one_line
 from splitlearn_manager.commands.options import (
+    Adapter,
     AllowEmpty,
     AllowUncertified,
     CacheDir,
+    MiniMind,
     OptionalModelName,
     OptionalSplitPoints,
     Revision,
     ServedDType,
+    parse_minimind,
     parse_points,
 )
 from splitlearn_manager.commands.reading import check_shapes_of, read_daemon_config
@@ -59,6 +62,8 @@ def serve(
     ] = None,
     token_file: Annotated[Path | None, typer.Option(help="File with it, instead.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads to compute with.")] = None,
+    adapter: Adapter = None,
+    minimind: MiniMind = None,
     revision: Revision = None,
     cache_dir: CacheDir = None,
     allow_empty: AllowEmpty = False,
@@ -90,6 +95,8 @@ def serve(
         "--dtype": dtype,
         "--device": device,
         "--quantization": quantization,
+        "--adapter": adapter,
+        "--minimind": minimind or None,
         "--revision": revision,
         "--cache-dir": cache_dir,
         "--allow-empty": allow_empty or None,
@@ -106,8 +113,11 @@ def serve(
     elif model is not None:
         with told_in_one_line():
             points = None if split_points is None else parse_points(split_points)
+            told = parse_minimind(minimind)
         options: dict[str, Any] = {
             "quantization": quantization,
+            "adapter": adapter,
+            "minimind": told,
             "revision": revision,
             "cache_dir": None if cache_dir is None else str(cache_dir),
             "allow_empty": allow_empty,

@@ -14,7 +14,7 @@ import typer
 
 from splitlearn_core.plan import FULL, TRUNK
 from splitlearn_manager.commands.errors import told_in_one_line
-from splitlearn_manager.commands.options import check_dtype, parse_points
+from splitlearn_manager.commands.options import check_dtype, parse_minimind, parse_points
 from splitlearn_manager.commands.reading import check_shapes_of, choose_model, read_daemon_config
 from splitlearn_manager.errors import ConfigError
 
@@ -93,6 +93,8 @@ class Named:
         dtype: What all parts compute in.
         device: Where the parts go that are here.
         quantization: Of these.
+        adapter: Added into these.
+        minimind: `NAME=VALUE`s that a MiniMind file does not tell.
         revision: Branch, tag or commit on the hub.
         cache_dir: Where files from the hub are kept.
         allow_uncertified: Let in an architecture that was not certified.
@@ -112,6 +114,8 @@ class Named:
     dtype: str | None = None
     device: str | None = None
     quantization: str | None = None
+    adapter: str | None = None
+    minimind: list[str] | None = None
     revision: str | None = None
     cache_dir: Path | None = None
     allow_uncertified: bool = False
@@ -147,6 +151,8 @@ class Named:
             "--dtype": self.dtype,
             "--device": self.device,
             "--quantization": self.quantization,
+            "--adapter": self.adapter,
+            "--minimind": self.minimind or None,
             "--revision": self.revision,
             "--cache-dir": self.cache_dir,
             "--allow-uncertified": self.allow_uncertified or None,
@@ -173,6 +179,7 @@ class Named:
             self._refuse_without_trunk()
         shared: dict[str, Any] = {
             "quantization": self.quantization,
+            "adapter": self.adapter,
             "revision": self.revision,
             "cache_dir": None if self.cache_dir is None else str(self.cache_dir),
             "allow_uncertified": self.allow_uncertified,
@@ -185,13 +192,15 @@ class Named:
                 "dtype": check_dtype(self.dtype),
             }
             points = None if self.split_points is None else list(parse_points(self.split_points))
+            shared["minimind"] = parse_minimind(self.minimind)
         if not remote:
             whole = {**loading, "config": {"component": FULL, **shared}}
             chosen = ModelConfig.from_dict(whole)
             check_shapes_of([chosen], None)
             _check_checkpoint(chosen, None)
             return settings, chosen
-        check_shapes_of([ModelConfig.from_dict({**loading, "config": {"component": FULL}})], None)
+        whole = {"component": FULL, "minimind": shared["minimind"]}
+        check_shapes_of([ModelConfig.from_dict({**loading, "config": whole})], None)
         options = {
             **shared,
             "token_env": self.token_env,
