@@ -24,10 +24,10 @@ import torch
 from safetensors import torch as safetensors
 
 from splitlearn_core.checkpoint import folders
-from splitlearn_core.checkpoint.disk import Disk
 from splitlearn_core.checkpoint.encoding import Encoded, decode
 from splitlearn_core.checkpoint.folders import Checkpoint, Unfinished
 from splitlearn_core.checkpoint.hashed_files import (
+    Output,
     check_file,
     hash_file,
     read_bytes,
@@ -113,14 +113,12 @@ class Writer:
     Attributes:
         folder: Theirs.
         keep_last: How many stay; `None` keeps all.
-        disk: The file system.
-        hashing: Threads that hash.
+        output: How.
     """
 
     folder: Path
     keep_last: int | None
-    disk: Disk
-    hashing: Executor
+    output: Output
 
     def write(self, content: Content) -> Checkpoint:
         """Write a checkpoint; when this returns it is on the disk, and old ones are gone.
@@ -140,7 +138,7 @@ class Writer:
             StorageError: (an `OSError`) See `write`.
         """
         with self._storing("the checkpoints that were there are as they were.  Make room"):
-            unfinished = folders.begin(self.disk, self.folder)
+            unfinished = folders.begin(self.output.disk, self.folder)
             try:
                 yield unfinished
             except BaseException:
@@ -155,17 +153,17 @@ class Writer:
         )
         self._write_manifest(unfinished.path, records)
         checkpoint = unfinished.publish(content.step)
-        self.disk.sync_folder(self.folder)
+        self.output.disk.sync_folder(self.folder)
         with self._storing(f"{checkpoint.path.name} is saved, and older ones are still there"):
             if self.keep_last is not None:
-                folders.keep_newest(self.disk, self.folder, self.keep_last)
+                folders.keep_newest(self.output.disk, self.folder, self.keep_last)
         return checkpoint
 
     def _found(self, folder: Path) -> Iterator[tuple[str, FileRecord]]:
         """Yield the files that ranks have written into a folder of it."""
         for path in sorted(folder.glob("*/*")):
             name = path.relative_to(folder).as_posix()
-            yield name, hash_file(path, self.hashing)
+            yield name, hash_file(self.output, path)
 
     def _write_files(self, folder: Path, content: Content) -> Iterator[tuple[str, FileRecord]]:
         """Write all but the manifest; yield each file with what is in it."""
@@ -185,13 +183,13 @@ class Writer:
         yield f"{name}.json", self._write_bytes(folder / f"{name}.json", tree)
         if part.tensors:
             path = folder / f"{name}.safetensors"
-            yield path.name, write_tensor_file(self.disk, path, part.tensors, self.hashing)
+            yield path.name, write_tensor_file(self.output, path, part.tensors)
 
     def _write_manifest(self, folder: Path, records: Mapping[str, FileRecord]) -> None:
         self._write_bytes(folder / MANIFEST_FILE, to_text(records, versions()).encode())
 
     def _write_bytes(self, path: Path, content: bytes) -> FileRecord:
-        return write_bytes(self.disk, path, content, self.hashing)
+        return write_bytes(self.output, path, content)
 
     def _check_room(self, nbytes: int) -> None:
         free = shutil.disk_usage(self.folder).free

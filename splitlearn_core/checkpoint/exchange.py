@@ -25,6 +25,9 @@ _FAILED, _DONE = b"!", b"."
 # How long who waits for rank 0 waits beyond it, so that rank 0 can say who is missing.
 _GRACE = 5.0
 _LEAST = 0.01
+# How often rank 0 says that it gets on, and others look.
+_SIGN_SECONDS = 1.0
+_LOOK_SECONDS = 0.02
 
 _exchanges = itertools.count()
 
@@ -72,6 +75,7 @@ class Exchange:
         self._ranks = ranks
         self.what = what
         self._timeout = timeout
+        self._next_sign = 0.0
         self._key = f"{_PREFIX}/{next(_exchanges)}"
         self._store: Any = dist.distributed_c10d._get_default_store() if self._is_shared else None  # noqa: SLF001 - no public way leads there
 
@@ -143,17 +147,35 @@ class Exchange:
             raise RankLostError(f"{self.what} failed on rank 0: {answer[1:].decode()}")
         return answer[1:]
 
+    def sign(self) -> None:
+        """Let the others know that rank 0 gets on with it; may be called often, in any thread."""
+        now = time.monotonic()
+        if self._is_shared and self._ranks.is_first and now >= self._next_sign:
+            self._next_sign = now + _SIGN_SECONDS
+            with suppress(RuntimeError, OSError):  # what is wrong shows when they are told
+                self._store.set(f"{self._key}/sign", str(now).encode())
+
     def _wait_for_first(self, key: str) -> bytes:
-        try:
-            self._store.wait([key], timedelta(seconds=self._timeout + _GRACE))
-        except RuntimeError as error:  # a FileStore raises no other
-            raise RankLostError(
-                f"rank 0 did not end {self.what} within {self._timeout + _GRACE:g} s: it has"
-                f" ended, or hangs; see its log ({in_one_line(error)}).  The checkpoints that were"
-                " there are as they were"
-            ) from error
+        """Wait as long as rank 0 gets on."""
+        patience = self._timeout + _GRACE
+        deadline, last = time.monotonic() + patience, b""
+        while not self._store.check([key]):
+            sign = self._last_sign()
+            if sign != last:
+                deadline, last = time.monotonic() + patience, sign
+            if time.monotonic() > deadline:
+                raise RankLostError(
+                    f"rank 0 did not end {self.what} within {patience:g} s: it has ended, or hangs;"
+                    " see its log.  The checkpoints that were there are as they were"
+                )
+            time.sleep(_LOOK_SECONDS)
         answer: bytes = self._store.get(key)
         return answer
+
+    def _last_sign(self) -> bytes:
+        key = f"{self._key}/sign"
+        sign: bytes = self._store.get(key) if self._store.check([key]) else b""
+        return sign
 
     def _await_all(self) -> None:
         """Wait until every rank has answered."""

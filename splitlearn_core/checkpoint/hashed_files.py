@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,12 +38,29 @@ _CHUNK_BYTES = BLOCK_BYTES
 # --- Writing -----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Output:
+    """How files are written.
+
+    Attributes:
+        disk: The file system.
+        hashing: Threads that hash.
+        progress: Called now and then while something is written.
+    """
+
+    disk: Disk
+    hashing: Executor
+    progress: Callable[[], None] = lambda: None
+
+
 class HashedFile:
     """A new file that is written from its beginning to its end."""
 
-    def __init__(self, disk: Disk, path: Path, hashing: Executor) -> None:
+    def __init__(self, output: Output, path: Path) -> None:
+        disk = output.disk
         self._disk = disk
-        self._hashing = hashing
+        self._hashing = output.hashing
+        self._progress = output.progress
         self._file = disk.create(path)
         self._position = 0
         self._block: list[memoryview] = []
@@ -66,6 +84,7 @@ class HashedFile:
         if self._block:
             self._end_block()
         self._disk.sync_file(self._file)
+        self._progress()
         while self._waiting:
             self._hashes.append(self._waiting.popleft().result())
         return FileRecord(self._position, BLOCK_BYTES, tuple(self._hashes))
@@ -81,6 +100,7 @@ class HashedFile:
         done = 0
         while done < len(piece):
             done += self._disk.write(self._file, piece[done:])
+            self._progress()
         self._position += done
 
     def _end_block(self) -> None:
@@ -93,15 +113,15 @@ class HashedFile:
         self._block, self._room = [], BLOCK_BYTES
 
 
-def write_bytes(disk: Disk, path: Path, content: bytes, hashing: Executor) -> FileRecord:
+def write_bytes(output: Output, path: Path, content: bytes) -> FileRecord:
     """Write a new file, and bring it to the disk."""
-    with closing(HashedFile(disk, path, hashing)) as file:
+    with closing(HashedFile(output, path)) as file:
         file.write(memoryview(content))
         return file.finish()
 
 
 def write_tensor_file(
-    disk: Disk, path: Path, tensors: Mapping[str, torch.Tensor], hashing: Executor
+    output: Output, path: Path, tensors: Mapping[str, torch.Tensor]
 ) -> FileRecord:
     """Write a new safetensors file, and bring it to the disk.
 
@@ -110,7 +130,7 @@ def write_tensor_file(
     """
     specs = {n: TensorSpec(t.dtype, tuple(t.shape)) for n, t in tensors.items()}
     ordered = [(name, specs[name]) for name in in_file_order(specs)]
-    with closing(HashedFile(disk, path, hashing)) as file:
+    with closing(HashedFile(output, path)) as file:
         file.write(memoryview(header_of(ordered, {})))
         for name, _ in ordered:
             for chunk in _chunks(tensors[name]):
@@ -136,11 +156,14 @@ def _sha256(pieces: list[memoryview]) -> str:
     return digest.hexdigest()
 
 
-def hash_file(path: Path, hashing: Executor) -> FileRecord:
+def hash_file(output: Output, path: Path) -> FileRecord:
     """Return what is in a file that somebody else has written, and brought to the disk."""
     size = path.stat().st_size
-    starts = range(0, size, BLOCK_BYTES)
-    return FileRecord(size, BLOCK_BYTES, tuple(hashing.map(lambda s: _hash_at(path, s), starts)))
+    hashes = []
+    for found in output.hashing.map(lambda s: _hash_at(path, s), range(0, size, BLOCK_BYTES)):
+        hashes.append(found)
+        output.progress()
+    return FileRecord(size, BLOCK_BYTES, tuple(hashes))
 
 
 def _hash_at(path: Path, start: int) -> str:

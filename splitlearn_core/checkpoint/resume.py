@@ -27,6 +27,7 @@ from splitlearn_core.checkpoint.encoding import Encoded, encode
 from splitlearn_core.checkpoint.exchange import Exchange, Ranks
 from splitlearn_core.checkpoint.folders import Checkpoint
 from splitlearn_core.checkpoint.giving import Loading, NotAskedForError, Read, TrainingState
+from splitlearn_core.checkpoint.hashed_files import Output
 from splitlearn_core.checkpoint.snapshot import Snapshot
 from splitlearn_core.checkpoint.snapshot import threads as copying_threads
 from splitlearn_core.checkpoint.stateful import ADAPTER
@@ -60,7 +61,8 @@ class Checkpointer:
         Args:
             folder: Made by the first save.  With several ranks, one that all of them see.
             keep_last: How many checkpoints stay when a new one is on the disk; `None`: all.
-            timeout: Seconds that ranks wait for each other.
+            timeout: Seconds that ranks wait for each other; for rank 0, while it writes, that it
+                may get no further.
             disk: Another file system, for tests.
 
         Raises:
@@ -200,7 +202,7 @@ class Checkpointer:
         with exchange.failing():
             if content is not None:
                 with ThreadPoolExecutor(_HASHING, "splitlearn-hash") as hashing:
-                    written = os.fsencode(self._writer(hashing).write(content).path)
+                    written = os.fsencode(self._writer(hashing, exchange).write(content).path)
         return Path(os.fsdecode(exchange.tell(written)))
 
     def _write_shards(
@@ -213,7 +215,7 @@ class Checkpointer:
             with begun.failing():
                 if content is not None:
                     pool = ThreadPoolExecutor(_HASHING, "splitlearn-hash")
-                    writer = self._writer(on_first.enter_context(pool))
+                    writer = self._writer(on_first.enter_context(pool), ended)
                     unfinished = on_first.enter_context(writer.begun())
                     place = os.fsencode(unfinished.path)
             place = begun.tell(place)
@@ -236,10 +238,11 @@ class Checkpointer:
             copies = self._snapshot.take(tensors, copying)
         content.parts = {n: Encoded(p.tree, copies[n]) for n, p in content.parts.items()}
         # writing and hashing in one thread: the others are training's
-        self._background.begin(lambda: self._writer(Here()).write(content))
+        self._background.begin(lambda: self._writer(Here(), exchange).write(content))
 
-    def _writer(self, hashing: Executor) -> Writer:
-        return Writer(self.folder, self._keep_last, self._disk, hashing)
+    def _writer(self, hashing: Executor, exchange: Exchange) -> Writer:
+        output = Output(self._disk, hashing, exchange.sign)
+        return Writer(self.folder, self._keep_last, output)
 
     # --- Looking
 

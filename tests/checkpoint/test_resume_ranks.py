@@ -20,6 +20,7 @@ CHECKS = (
     "check_each_rank_gets_its_own_back",
     "check_a_disk_that_is_full",
     "check_a_full_disk_in_the_background",
+    "check_a_save_that_takes_longer_than_the_timeout",
     "check_a_rank_that_can_not_save",
     "check_a_rank_that_does_not_come",
     "check_damage_that_one_rank_sees",
@@ -82,6 +83,12 @@ def test_all_hear_of_a_full_disk(found: dict[str, list[Any]], check: str) -> Non
     assert one.startswith("StorageError: ")
     assert "No space left" in one
     assert other.startswith("RankLostError: the save of step 1 failed on rank 0: StorageError: ")
+
+
+def test_who_gets_on_is_waited_for(folder: Path, found: dict[str, list[Any]]) -> None:
+    path = str(folder / "both" / "slow" / "000001-step-1")
+
+    assert found["check_a_save_that_takes_longer_than_the_timeout"] == [path, path]
 
 
 def test_a_rank_that_can_not_save_stops_all(folder: Path, found: dict[str, list[Any]]) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -18,11 +19,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from splitlearn_core.checkpoint import exchange
+from splitlearn_core.checkpoint.disk import Disk
 from splitlearn_core.checkpoint.resume import Checkpointer
 from splitlearn_core.checkpoint.sampler import ResumableSampler
 from splitlearn_core.errors import RankLostError, SplitLearnError
 
 _TIMEOUT = 1.0
+_SLOW_PIECES, _PIECE_SECONDS = 5, 0.4
 
 
 def _error_of(act: Callable[[], Any]) -> str:
@@ -78,6 +81,27 @@ def check_a_full_disk_in_the_background(folder: Path, _: dict[str, Any]) -> str:
     checkpointer = Checkpointer(folder / "full", timeout=30, disk=FullDisk(2))
     checkpointer.save(step=1, background=True)
     return _error_of(checkpointer.wait)
+
+
+class _SlowDisk(Disk):
+    """A disk that takes longer for all than others wait, and less for each piece."""
+
+    def __init__(self) -> None:
+        self._pieces = 0
+
+    def write(self, file: int, data: memoryview) -> int:
+        """See `Disk`; the first pieces take their time."""
+        self._pieces += 1
+        if self._pieces <= _SLOW_PIECES:
+            time.sleep(_PIECE_SECONDS)
+        return super().write(file, data)
+
+
+def check_a_save_that_takes_longer_than_the_timeout(folder: Path, _: dict[str, Any]) -> str:
+    """Rank 0 gets on, so that the other waits."""
+    with patch.object(exchange, "_GRACE", 0.0), patch.object(exchange, "_SIGN_SECONDS", 0.0):
+        checkpointer = Checkpointer(folder / "slow", timeout=_TIMEOUT, disk=_SlowDisk())
+        return str(checkpointer.save(step=1))
 
 
 def check_a_rank_that_can_not_save(folder: Path, _: dict[str, Any]) -> list[str]:
