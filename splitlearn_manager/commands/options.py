@@ -150,7 +150,7 @@ ModelName = Annotated[
 ]
 OptionalModelName = Annotated[
     str | None,
-    typer.Argument(metavar="[MODEL]", help="A folder, a name on the hub, or builtin:NAME."),
+    typer.Argument(metavar="MODEL", help="A folder, a name on the hub, or builtin:NAME."),
 ]
 _POINTS = typer.Option(
     SPLIT,
