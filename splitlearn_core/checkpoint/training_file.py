@@ -48,8 +48,9 @@ class TrainingFile:
 def read_training_file(path: str | os.PathLike[str]) -> TrainingFile:
     """Read a training script's file; no code in it is run (`weights_only`).
 
-    The weights can be put into a model with `load_weights(model, path)`, and the optimizer's with
-    `optimizer.load_state_dict(file.states["optimizer"])`.
+    The weights can be put into a model with `load_weights(model, path)`; to go on training, use
+    `load_minimind_resume`: an optimizer's state numbers parameters in the order of MiniMind's own
+    model, which transformers' does not have.
 
     Raises:
         ModelSourceError: (a `FileNotFoundError`) There is no such file.

@@ -30,9 +30,13 @@ def minimind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / folder).mkdir(parents=True)
     torch.save(state, "out/full_sft_512.pth")
     model, _ = load_full_model("out/full_sft_512.pth", dtype="float32")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    own = dict(model.named_parameters())
+    theirs = [own[name] for name in state if name in own]  # numbered as in MiniMind's model
+    optimizer = torch.optim.AdamW(theirs, lr=1e-3)
+    sum(parameter.sum() for parameter in theirs).backward()  # type: ignore[union-attr]
+    optimizer.step()
     resume = {"model": state, "optimizer": optimizer.state_dict(), "epoch": 0, "step": 1500}
-    resume |= {"world_size": 4, "wandb_id": "abc123"}
+    resume |= {"world_size": 1, "wandb_id": "abc123"}
     torch.save(resume, "checkpoints/pretrain_512_resume.pth")
     module = "model.layers.{}.self_attn.q_proj.lora."
     factors = {

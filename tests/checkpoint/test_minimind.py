@@ -237,9 +237,7 @@ def test_a_resume_file_is_a_model_and_what_trains_it(tmp_path: Path) -> None:
     assert (file.epoch, file.step, file.world_size, file.run_id) == (1, 1500, 4, "abc123")
     assert set(file.states) == {"optimizer", "scaler"}
     assert file.values == {"note": "by hand"}
-    fresh = torch.optim.AdamW([torch.nn.Parameter(t.float()) for t in file.model.values()])
-    fresh.load_state_dict(dict(file.states["optimizer"]))
-    assert fresh.param_groups[0]["lr"] == 1e-3
+    assert file.states["optimizer"]["param_groups"][0]["lr"] == 1e-3
     assert torch.equal(logits(whole), logits(load_full_model(plain)[0]))
     assert load_weights(whole, path).is_complete
 
