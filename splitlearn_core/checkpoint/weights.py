@@ -183,7 +183,10 @@ def _write_file(
     tensors = {name: held[name] for name in specs}
     twins = {name: tensors[first] for name, first in state.twins.items()}
     own = {name: tensor.contiguous() for name, tensor in (tensors | twins).items()}
-    torch.save(own, file)
+    try:
+        torch.save(own, file)
+    except RuntimeError as error:  # torch's writer, of a disk that takes no more
+        raise OSError(in_one_line(error)) from error
 
 
 def _in_checkpoint_names(model: PreTrainedModel, state: ModelState) -> ModelState:
