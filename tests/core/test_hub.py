@@ -21,6 +21,7 @@ from splitlearn_core.errors import CheckpointError, ModelSourceError
 from splitlearn_core.factory import estimate_component, load_component
 from splitlearn_core.headers import read_header
 from splitlearn_core.quickstart import load_full_model, load_split_model
+from splitlearn_core.sharded import full_tensors, joined_group, load_sharded
 from splitlearn_core.split_checkpoint import split_checkpoint
 from splitlearn_core.split_model import SplitModel
 from splitlearn_core.utils import ShardLoader
@@ -104,6 +105,25 @@ def test_all_parts_one_after_the_other_cost_the_model_once(
     expected = make_checkpoint("llama-tied").unsplit()(ids).logits
     assert torch.equal(top(trunk(bottom(ids))).logits, expected)
     assert hub.weights_sent == stored_bytes(path) + header[1]
+
+
+def test_ranks_share_what_comes_from_a_hub(
+    make_checkpoint: Callable[..., Any], served: Callable[..., Any], tmp_path: Path
+) -> None:
+    path = make_checkpoint("llama", shard_size="20KB").path
+    store = f"file://{tmp_path}/store"
+    with served(path) as hub, joined_group(store, rank=0, world_size=1):
+        sharded = load_sharded("someone/model", "trunk", [2, 4], timeout=60)
+        sent = hub.weights_sent
+        again = load_sharded("someone/model", "trunk", [2, 4], timeout=60)
+        found, second = dict(full_tensors(sharded)), dict(full_tensors(again))
+        assert hub.weights_sent == sent  # they are in the cache, for the other ranks of a machine
+
+    plain = dict(load_component(path, "trunk", [2, 4]).model.named_parameters())
+    assert found.keys() == second.keys() == plain.keys()
+    for name, tensor in plain.items():
+        assert torch.equal(found[name], tensor)
+        assert torch.equal(second[name], tensor)
 
 
 def test_the_estimate_costs_headers_and_the_load_does_not_ask_for_them_again(

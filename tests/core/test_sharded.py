@@ -12,10 +12,12 @@ import pytest
 import torch
 from checkpoints import Checkpoint
 from sharded_checks import documented_calls
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
-from two_ranks import TwoRanks
+from two_ranks import TYPES, TwoRanks
 
-from splitlearn_core.sharded import joined_group, load_dcp
+from splitlearn_core.factory import load_component
+from splitlearn_core.sharded import full_tensors, joined_group, load_dcp, load_sharded
 
 SAMPLES = 3 * 256
 
@@ -242,6 +244,29 @@ def test_progress_ends_with_the_share(two_ranks: TwoRanks) -> None:
         done = [one for one, _ in seen]
         assert done == sorted(done)
         assert seen[-1][0] == seen[-1][1] > 100_000
+
+
+def test_architectures_of_other_builds(two_ranks: TwoRanks) -> None:
+    for wrong in two_ranks("check_types"):
+        assert wrong == dict.fromkeys(TYPES, "")
+
+
+def test_a_padding_row_that_an_architecture_keeps_zero_is_zero(tmp_path: Path) -> None:
+    model = tiny_model("youtu")
+    row = model.get_input_embeddings().padding_idx
+    assert row is not None
+    assert model.get_input_embeddings().weight[row].any()
+    model.save_pretrained(tmp_path / "youtu")
+
+    with joined_group(f"file://{tmp_path}/store", rank=0, world_size=1):
+        sharded = load_sharded(tmp_path / "youtu", timeout=60)
+        found = dict(full_tensors(sharded))
+
+    plain = load_component(tmp_path / "youtu", "full").model
+    table = found["model.embed_tokens.weight"]
+    assert table is not None
+    assert torch.equal(table, plain.get_input_embeddings().weight)
+    assert not table[row].any()
 
 
 def test_each_equivalent_that_the_page_lists_runs(two_ranks: TwoRanks) -> None:

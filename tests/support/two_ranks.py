@@ -39,6 +39,8 @@ class TwoRanks:
         return [answers[check]["value"] for answers in self.found]
 
 
+# A slice of the campaign: layers that share parameters; a padding row that is always zero.
+TYPES = ["zamba2", "youtu"]
 # Fused experts; a gate of one row; a buffer in each layer that a checkpoint has.
 _TYPES = {"experts": "qwen3_moe", "one-row": "qwen2_moe", "buffers": "hy_v3"}
 
@@ -65,9 +67,10 @@ def two_ranks(
     settings = {
         "at_one": str(at_one / "dcp"),
         "at_one_state": str(at_one / "state.pt"),
+        "types": TYPES,
         **_checkpoints(make_checkpoint, folder / "models"),
     }
-    run = Run(str(folder), ["dcp_checks", "sharded_checks"], 2, settings)
+    run = Run(str(folder), ["dcp_checks", "sharded_checks", "sharded_types"], 2, settings)
     run_ranks(folder, [run])
     return TwoRanks(folder, run.answers())
 
