@@ -68,6 +68,9 @@ CAMPAIGNS = {
     "kills": Campaign(
         "kills", 300, "a daemon is killed in load, unload and inference, and started again"
     ),
+    "failover": Campaign(
+        "failover", 100, "generations whose server is killed, drained, reloaded or cut off"
+    ),
     "stress": Campaign(
         "stress", 1024, "32 tasks load and unload one model, requests meanwhile; 1,000 reloads"
     ),

@@ -338,8 +338,9 @@ class RemoteTrunk:
         left = step.cache.take_in(step).to(given.device)
         request = step.want.result()
         self._timings = self._timings.plus(request.seconds, request.result().info)
-        passed = {name: rest for name, rest in self._passed_on(given.detach()) if rest is not None}
-        left = replace(left, side=passed | dict(left.side))
+        if given.side:
+            rest = {n: value for n, value in self._passed_on(given.detach()) if value is not None}
+            left = replace(left, side=rest | dict(left.side))
         if torch.is_grad_enabled() and _wants_gradient(given):
             left = replace(left, tensor=_cut(left.tensor, given))
         return left.handed_on

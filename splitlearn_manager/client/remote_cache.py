@@ -191,6 +191,8 @@ class RemoteCache:
             ValueError: It is not [batch, past + new], or other than before.
         """
         shape = (batch, self._length + new)
+        if given is None and self._mask is None:
+            return None
         if given is None:
             mask = torch.ones(shape, dtype=torch.bool)
         elif tuple(given.shape) != shape:
@@ -200,13 +202,15 @@ class RemoteCache:
             )
         else:
             mask = given.detach().cpu().ne(0)
+        if self._mask is None and bool(mask.all()):
+            return None
         before = mask[:, : self._length]
         if not (before.all() if self._mask is None else torch.equal(before, self._mask)):
             raise ValueError(
                 "attention_mask changes positions that are in the cache; what was sent to a"
                 " server can't change, so begin again with a new cache"
             )
-        return None if self._mask is None and bool(mask.all()) else mask
+        return mask
 
     @staticmethod
     def _positions(given: torch.Tensor, batch: int, new: int) -> WireTensor:

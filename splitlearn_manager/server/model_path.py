@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 from starlette.exceptions import HTTPException
 
-from splitlearn_manager.errors import ModelLoadingError
+from splitlearn_manager.errors import ModelLoadingError, ModelNotFoundError
 from splitlearn_manager.server.model_metadata import MODEL_VERSION
 from splitlearn_manager.server.model_state import reason_of
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from starlette.requests import Request
 
     from splitlearn_manager.core.async_model_manager import AsyncModelManager
@@ -32,14 +34,27 @@ def named_model(request: Request) -> str:
     return model_id
 
 
-async def ready_model(manager: AsyncModelManager, model_id: str) -> AsyncManagedModel:
+async def ready_model(
+    manager: AsyncModelManager, model_id: str, awaited: Container[str] = ()
+) -> AsyncManagedModel:
     """Return a model that can be used; nobody counts that as a use.
 
+    Args:
+        manager: Whose models are served.
+        model_id: Its id.
+        awaited: Ids of models that will be loaded, whether or not it has begun: who asks a server
+            that has just started is not to be told that there is no such model.
+
     Raises:
-        ModelLoadingError: It is being loaded; says how far that is.
+        ModelLoadingError: It is being loaded, or will be; says how far that is.
         ManagerError: What `AsyncModelManager.get_model` raises.
     """
-    managed = await manager.get_model(model_id)
+    try:
+        managed = await manager.get_model(model_id)
+    except ModelNotFoundError:
+        if model_id not in awaited:
+            raise
+        raise ModelLoadingError(f"model {model_id!r} is waiting to be loaded") from None
     if managed is None:
         raise ModelLoadingError(reason_of(await manager.get_model_info(model_id)))
     return managed

@@ -115,13 +115,13 @@ class OpenInferenceRoutes:
     async def model_metadata(self, request: Request) -> Response:
         """Say what a model takes and gives."""
         model_id = named_model(request)
-        managed = await ready_model(self._manager, model_id)
+        managed = await ready_model(self._manager, model_id, self._readiness.awaited)
         return JSONResponse(describe(model_id, managed.model))
 
     async def model_config(self, request: Request) -> Response:
         """Say the same as Triton's configuration of a model does."""
         model_id = named_model(request)
-        managed = await ready_model(self._manager, model_id)
+        managed = await ready_model(self._manager, model_id, self._readiness.awaited)
         return JSONResponse(describe_config(model_id, managed.model))
 
     async def model_ready(self, request: Request) -> Response:

@@ -360,6 +360,20 @@ def test_bytes_are_counted(trunk: RemoteTrunk) -> None:
     assert (trunk.bytes_sent - sent, trunk.bytes_received - received) == (step, step)
 
 
+def test_a_token_takes_few_bytes_beside_its_hidden_states(trunk: RemoteTrunk) -> None:
+    """With all that `generate` gives, in a padded batch: at most 128 for both ways together."""
+    cache = trunk.new_cache()
+    mask = torch.tensor([[0, 1], [1, 1]])
+    trunk(ones(2, 2), past_key_values=cache, attention_mask=mask, position_ids=mask.cumsum(1))
+    before = trunk.bytes_sent + trunk.bytes_received
+
+    longer = torch.cat([mask, mask[:, 1:]], dim=1)
+    trunk(ones(2), past_key_values=cache, attention_mask=longer, position_ids=mask[:, 1:] * 2)
+
+    moved = trunk.bytes_sent + trunk.bytes_received - before
+    assert moved <= 2 * ones(2).nbytes + 128
+
+
 # --- Gradients -------------------------------------------------------------------------------
 
 

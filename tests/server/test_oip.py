@@ -11,7 +11,9 @@ import tritonclient.http
 from serving_fakes import trunk_config
 from tritonclient.utils import InferenceServerException
 
+from splitlearn_manager.errors import ModelLoadingError, ModelNotFoundError
 from splitlearn_manager.server import oip
+from splitlearn_manager.server.model_path import ready_model
 
 if TYPE_CHECKING:
     from splitlearn_manager import AsyncModelManager
@@ -340,3 +342,11 @@ async def test_tritons_client_understands_it_all(served: Any) -> None:
                 client.load_model("trunk")
 
     await asyncio.to_thread(use_client)
+
+
+async def test_a_model_that_will_be_loaded_is_not_said_to_be_unknown(manager: Any) -> None:
+    """Who asks a server that has just started would not ask it again."""
+    with pytest.raises(ModelLoadingError, match="'soon' is waiting to be loaded"):
+        await ready_model(manager, "soon", {"soon"})
+    with pytest.raises(ModelNotFoundError, match="no model 'never'"):
+        await ready_model(manager, "never", {"soon"})

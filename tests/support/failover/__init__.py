@@ -1,0 +1,1 @@
+"""Generations whose server is taken away in their middle."""
