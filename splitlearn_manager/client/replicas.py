@@ -72,7 +72,11 @@ class Replica:
         """
         self.refuse_if_closed()
         self._attended()
-        session = self.connection.open_session(rollback=rollback)
+        try:
+            session = self.connection.open_session(rollback=rollback)
+        except RemoteUnavailable:
+            self.refuse_if_closed()
+            raise
         if self._closed:  # meanwhile, and perhaps before the session's connection was made
             self.connection.close()
         self.refuse_if_closed()
