@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from checkpoints import Checkpoint
 from dcp_checks import state_of, tiny, trained
 from two_ranks import TwoRanks
 
 from splitlearn_core.errors import CheckpointError, ModelSourceError, StorageError
+from splitlearn_core.factory import load_component
 from splitlearn_core.sharded import check_optimizer, load_dcp, save_dcp
 
 
@@ -50,6 +53,25 @@ def test_fsdp1_and_fsdp2_read_each_others_folders(two_ranks: TwoRanks) -> None:
     for went_on, fsdp2, fsdp1 in two_ranks("check_fsdp1_writes_and_fsdp2_reads"):
         assert went_on == pytest.approx(fsdp2, abs=1e-6)
         assert went_on == fsdp1
+
+
+def test_a_part_reads_its_own_from_the_whole_models_folder(
+    make_checkpoint: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
+    whole = make_checkpoint("llama").unsplit()
+    optimizer = trained(whole, 1)
+    save_dcp(tmp_path / "dcp", whole, optimizer)
+    trunk = load_component(make_checkpoint("llama").path, "trunk", [2, 4])
+    its_own = torch.optim.AdamW(trunk.parameters(), lr=0.5)
+
+    load_dcp(tmp_path / "dcp", trunk, its_own)
+
+    wanted = state_of(whole, optimizer)
+    found = state_of(trunk, its_own)
+    assert len(found) == 2 * 9 * 4
+    for name, value in found.items():
+        assert torch.equal(value, wanted[name.removeprefix("model.")]), name
+    assert its_own.param_groups[0]["lr"] == 1e-2
 
 
 def test_torch_itself_reads_the_folder(two_ranks: TwoRanks) -> None:
