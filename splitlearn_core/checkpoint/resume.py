@@ -34,6 +34,7 @@ from splitlearn_core.checkpoint.stateful import ADAPTER
 from splitlearn_core.checkpoint.taking import Facts, check_names, content_of, rank_state
 from splitlearn_core.checkpoint.world import Batches, Policy
 from splitlearn_core.errors import CheckpointError, NoCheckpointError, RankLostError
+from splitlearn_core.machine import return_freed_memory
 from splitlearn_core.messages import in_one_line
 from splitlearn_core.user_paths import user_path
 
@@ -296,9 +297,12 @@ class Checkpointer:
         for candidate in self._candidates(path, ranks, fallback=fallback):
             read = self._read(candidate, things, skip, ranks, notes if fallback else None)
             if read is not None:
-                return Loading(read, things, ranks, tuple(notes)).give(
+                state = Loading(read, things, ranks, tuple(notes)).give(
                     on_world_change, restore_random_states=restore_random_states
                 )
+                del read
+                return_freed_memory()
+                return state
         raise NoCheckpointError(
             f"no checkpoint in {self.folder} is whole: {'; '.join(notes)}.  Copy one from"
             " elsewhere, or begin anew"
