@@ -30,7 +30,7 @@ BENCHMARKS = {
     "manager": Benchmark("splitlearn_manager.bench.manager", ("lock", "lag", "infer", "list")),
     "serve": Benchmark(
         "splitlearn_manager.bench.serve",
-        ("streams", "packed", "threads", "many", "prompt", "echo", "idle", "cache"),
+        ("streams", "packed", "threads", "many", "peers", "prompt", "echo", "idle", "cache"),
     ),
     "generate": Benchmark(
         "splitlearn_manager.bench.generate", ("parts", "loopback", "delayed", "lookup", "gateway")

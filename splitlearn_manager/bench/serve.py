@@ -10,19 +10,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from splitlearn_core.growing_layer import BLOCK
 from splitlearn_manager.bench.checkpoints import QWEN2_0_5B, QWEN2_TINY, BenchCheckpoint
+from splitlearn_manager.bench.errors import BenchError
 from splitlearn_manager.bench.report import Report, Row
 from splitlearn_manager.bench.serve_client import percentile
-from splitlearn_manager.bench.serve_processes import ask, process_of, reference, started
+from splitlearn_manager.bench.serve_processes import ask, peer, process_of, reference, started
 
 logger = logging.getLogger(__name__)
 
+_OTHERS = ("vllm", "llama_cpp", "petals")
 _MS = 1e3
 _KB = 1e3
 _ECHO_WIDTH = 3584
@@ -88,7 +91,7 @@ class _Scale:
     points: tuple[int, int] = (4, 20)
     prompt: int = 128
     new: int = 64
-    rounds: int = 3
+    rounds: int = 2
     long_prompt: int = 8192
     usual: int = 20
     echoes: tuple[int, int] = (2000, 60)
@@ -147,7 +150,8 @@ def _streams(scale: _Scale) -> list[Row]:
 
 def _packed(scale: _Scale) -> list[Row]:
     """Return the same rows of a Trunk with packed layers, against the plain part's batch."""
-    return [row for sessions in (8, 1) for row in _against_static(scale, sessions, PACKED)]
+    once = replace(scale, rounds=1)  # of four kinds each
+    return [row for sessions in (8, 1) for row in _against_static(once, sessions, PACKED)]
 
 
 def _against_static(scale: _Scale, sessions: int, kinds: Sequence[Kind]) -> list[Row]:
@@ -175,8 +179,8 @@ def _against_static(scale: _Scale, sessions: int, kinds: Sequence[Kind]) -> list
             note=(
                 f"prompt {scale.prompt}, {scale.new} new positions each, prompts included; the"
                 f" static batch gives {median(rates):.1f} positions a second;"
-                f" {median(same_dtype[kind]):.2f} of one of plain {kind.dtype}; median of"
-                f" {scale.rounds} rounds"
+                f" {median(same_dtype[kind]):.2f} of one of plain {kind.dtype}; rounds:"
+                f" {scale.rounds}"
             ),
         )
         for kind in kinds
@@ -214,11 +218,66 @@ def _threads(scale: _Scale) -> list[Row]:
     return rows
 
 
+def _peers(scale: _Scale) -> list[Row]:
+    """Return the rows of the whole model: transformers' ways, and a chain with its Trunk served."""
+    rows = []
+    for streams in (8, 1):
+        work = {
+            "model": str(scale.checkpoint.folder),
+            "batch": streams,
+            "prompt": scale.prompt,
+            "new": scale.new,
+        }
+        base = peer("generate", work)
+        name = f"whole model, {streams} streams: tokens a second"
+        with _daemon(scale, streams, AS_IT_IS) as url:
+            ours = peer("chain", {**work, "points": list(scale.points), "url": url})
+        batched, why = _rate_of_peer("continuous", work)
+        note = f"transformers' `generate`, one static batch, gives {base:.1f}; of that"
+        rows += [
+            Row(f"{name}, Bottom and Top here, {scale.trunk} served", ours, "/s", ">=", None, base),
+            Row(f"{name}, of transformers' `generate`", ours / base, "x", ">=", note=note),
+            Row(
+                f"{name}, transformers' continuous batching, of its `generate`",
+                None if batched is None else batched / base,
+                "x",
+                ">=",
+                note=why or note,
+            ),
+        ]
+    absent = [name for name in _OTHERS if find_spec(name) is None]
+    present = [name for name in _OTHERS if name not in absent]
+    rows.append(
+        Row(
+            f"servers with engines of their own: {', '.join(_OTHERS)}",
+            None,
+            "x",
+            ">=",
+            note="; ".join(
+                [f"not installed here: {', '.join(absent)}"] * bool(absent)
+                + [f"installed, and not driven by this benchmark: {', '.join(present)}"]
+                * bool(present)
+            ),
+        )
+    )
+    return rows
+
+
+def _rate_of_peer(task: str, work: dict[str, Any]) -> tuple[float | None, str]:
+    """Return a peer's rate, or why it has none here."""
+    try:
+        return peer(task, work), ""
+    except BenchError as error:
+        return None, f"it failed here: {str(error).strip().splitlines()[-1]}"
+
+
 def _many(scale: _Scale) -> list[Row]:
     """Return the rows of many sessions against few."""
-    gains, tails, own = [], [], []
+    gains, tails = [], []
+    own: list[float] = []
     for number in range(scale.rounds):
-        alone = {n: n / _static(scale, AS_IT_IS, n) for n in (8, 32)}
+        if not own:
+            alone = {n: n / _static(scale, AS_IT_IS, n) for n in (8, 32)}
         served = {n: _served(scale, AS_IT_IS, n) for n in (8, 32)}
         gains.append(4 * served[8]["seconds"] / served[32]["seconds"])
         own.append(alone[32] / alone[8])
@@ -383,6 +442,7 @@ ROWS: dict[str, Callable[[_Scale], list[Row]]] = {
     "packed": _packed,
     "threads": _threads,
     "many": _many,
+    "peers": _peers,
     "prompt": _prompt,
     "echo": _echo,
     "idle": _idle,

@@ -13,6 +13,7 @@ from splitlearn_manager.bench.errors import BenchError
 
 _SERVER = "splitlearn_manager.bench.serve_server"
 _CLIENT = "splitlearn_manager.bench.serve_client"
+_PEERS = "splitlearn_manager.bench.serve_peers"
 _STOP_SECONDS = 60
 
 
@@ -52,6 +53,11 @@ def _line(output: IO[str] | None) -> str:
 def reference(task: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Run the reference, and return what it took."""
     return _figures(_command(_SERVER, task, arguments))
+
+
+def peer(task: str, arguments: dict[str, Any]) -> float:
+    """Generate from the whole model in one of the ways there are; return the tokens a second."""
+    return float(_figures(_command(_PEERS, task, arguments))["rate"])
 
 
 def ask(task: str, **arguments: Any) -> dict[str, Any]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from typer.testing import CliRunner
 
+from splitlearn_manager.bench import serve_peers
+from splitlearn_manager.bench.checkpoints import QWEN2_TINY, BenchCheckpoint
+from splitlearn_manager.bench.serve import _rate_of_peer
 from splitlearn_manager.bench.serve_client import percentile
 from splitlearn_manager.cli import app
 
@@ -35,3 +38,27 @@ def test_a_percentile_is_one_of_the_values() -> None:
         100,
     )
     assert percentile([3.0], 1) == 3.0
+
+
+def test_peers_generate_from_the_whole_model(tmp_path: Path) -> None:
+    checkpoint = BenchCheckpoint(QWEN2_TINY, 1, tmp_path)
+    checkpoint.make()
+    work: dict[str, Any] = {"model": str(checkpoint.folder), "batch": 2, "prompt": 8, "new": 4}
+
+    assert serve_peers.generate(**work) > 0
+    assert serve_peers.continuous(**work) > 0
+
+
+def test_a_peer_that_fails_says_why(tmp_path: Path) -> None:
+    nowhere: dict[str, Any] = {
+        "model": str(tmp_path / "nowhere"),
+        "batch": 1,
+        "prompt": 8,
+        "new": 4,
+    }
+
+    rate, why = _rate_of_peer("generate", nowhere)
+
+    assert rate is None
+    assert why.startswith("it failed here: ")
+    assert "nowhere" in why
