@@ -54,6 +54,11 @@ def without_frames(error: BaseException) -> BaseException:
     return error
 
 
+def with_frames(error: BaseException) -> str:
+    """Return an error and its frames as text, which keeps nothing alive."""
+    return "".join(traceback.format_exception(error))
+
+
 def log_with_frames(logger: logging.Logger, message: str, *args: object) -> None:
     """Log the error that is being handled, and its frames as text.
 

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from splitlearn_manager.core.failures import without_frames
+from splitlearn_manager.client.errors import RemoteError
+from splitlearn_manager.core.failures import with_frames, without_frames
 from splitlearn_manager.generation.errors import (
     GenerationError,
     GenerationFailedError,
@@ -270,10 +271,10 @@ def _presentable(error: Exception) -> GenerationError:
         return error
     if isinstance(error, ConnectionError):
         found: GenerationError = TrunkUnavailableError(str(error))
-    elif hasattr(error, "code"):
+    elif isinstance(error, RemoteError):
         found = TrunkRefusedError(str(error))
     else:
-        logger.error("a forward of a request for text failed", exc_info=error)
+        logger.error("a forward of a request for text failed\n%s", with_frames(error))
         found = GenerationFailedError("the forward failed; the server's log says why")
     found.__cause__ = without_frames(error)
     return found

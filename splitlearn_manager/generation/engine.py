@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+from splitlearn_manager.core.failures import with_frames
 from splitlearn_manager.errors import ManagerError
 from splitlearn_manager.generation.errors import (
     GenerationFailedError,
@@ -286,7 +287,8 @@ class Engine:
     async def _give_up(self, error: Exception) -> None:
         """End everything that is under way, which a forward has left no one knows how."""
         if not isinstance(error, ManagerError):
-            logger.error("generating with model %s failed", self._managed.model_id, exc_info=error)
+            model_id = self._managed.model_id
+            logger.error("generating with model %s failed\n%s", model_id, with_frames(error))
             error = GenerationFailedError("generating failed; the server's log says why")
         self._waiting.clear()
         self.fail(error)

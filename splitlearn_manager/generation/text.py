@@ -50,6 +50,7 @@ class TextModel:
     ends: frozenset[int]
     defaults: Mapping[str, float] = field(default_factory=dict)
     chat_template: str | None = None
+    _known: dict[int, TokenText] = field(default_factory=dict)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Return the tokens of a text, with those that the tokenizer puts around it.
@@ -105,6 +106,12 @@ class TextModel:
 
     def token(self, token: int) -> TokenText:
         """Return a token by itself, special or not."""
+        known = self._known.get(token)
+        if known is None:
+            known = self._known[token] = self._look_up(token)
+        return known
+
+    def _look_up(self, token: int) -> TokenText:
         text: str = self.tokenizer.decode(
             [token], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )

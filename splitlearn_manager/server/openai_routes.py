@@ -15,7 +15,7 @@ import asyncio
 import sys
 import time
 import uuid
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -51,7 +51,7 @@ from splitlearn_manager.serving.infer_errors import ShuttingDownError
 from splitlearn_manager.serving.long_json import SHORT
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
     from starlette.requests import Request as HttpRequest
     from starlette.responses import Response
@@ -295,8 +295,9 @@ class OpenAIRoutes:
         """Return a whole answer, as JSON."""
         async with self._manager.use(request.model) as managed:
             planned = await self._plan(managed, request)
-            async for _ in self._pieces(managed, planned, echo=request.echo):
-                pass
+            async with aclosing(self._pieces(managed, planned, echo=request.echo)) as pieces:
+                async for _ in pieces:
+                    pass
         best = [answer for answers in planned.answers for answer in _best(answers, request.answers)]
         return form.whole(best, usage_of(planned))
 
@@ -305,10 +306,11 @@ class OpenAIRoutes:
         try:
             async with self._manager.use(request.model) as managed:
                 planned = await self._plan(managed, request)
-                async for pieces in self._pieces(managed, planned, echo=request.echo):
-                    text = b"".join(_written(form, pieces)) if pieces else PING
-                    if text:
-                        await lines.write(text)
+                async with aclosing(self._pieces(managed, planned, echo=request.echo)) as new:
+                    async for pieces in new:
+                        text = PING if pieces is None else b"".join(_written(form, pieces))
+                        if text:
+                            await lines.write(text)
         except ManagerError as error:
             if not lines.begun:
                 raise
@@ -330,11 +332,11 @@ class OpenAIRoutes:
 
     async def _pieces(
         self, managed: AsyncManagedModel, planned: Plan, *, echo: bool
-    ) -> AsyncIterator[Sequence[tuple[int, bool, Piece]]]:
+    ) -> AsyncGenerator[Sequence[tuple[int, bool, Piece]] | None]:
         """Yield what comes of a request's answers, each piece with its choice's number.
 
-        The middle one says whether it is the choice's first.  An empty list means that nothing
-        has come for a while.
+        The middle one says whether it is the choice's first.  `None` means that nothing has come
+        for a while.
 
         Raises:
             ManagerError: It has failed.
@@ -347,7 +349,7 @@ class OpenAIRoutes:
                     async with asyncio.timeout(KEEP_ALIVE):
                         events = await ticket.events()
                 except TimeoutError:
-                    yield ()
+                    yield None
                 else:
                     yield [piece for one in events for piece in run.pieces(one)]
         finally:

@@ -244,24 +244,33 @@ def demo_folder(tmp_path: Path) -> Path:
 # --- A Trunk that is killed ----------------------------------------------------------------
 
 
-def test_a_trunk_that_is_killed_takes_down_its_own_requests_alone(tmp_path: Path) -> None:
+def test_a_trunk_that_is_killed_and_comes_back(tmp_path: Path) -> None:
+    """One pipeline gives up soon, and ends its own requests alone; the other one waits for it."""
     trunk = Process(tmp_path, "trunk", [trunk_model()])
-    home = Process(tmp_path, "gateway", gateway_models(trunk.url))
+    patient, whole = gateway_models(trunk.url)
+    hasty = {**patient, "model_id": "hasty"}
+    hasty["config"] = {**hasty["config"], "retry": {"attempts": 1, "total": 0.5}}
+    home = Process(tmp_path, "gateway", [patient, hasty, whole])
     options: dict[str, Any] = {"prompt": PROMPTS[0], "temperature": 0, "stream": True}
-    options |= {"extra_body": {"ignore_eos": True}}
+    options |= {"extra_body": {"ignore_eos": True}, "max_tokens": 120}
     with openai.OpenAI(base_url=f"{home.url}/v1", api_key="any", max_retries=0) as client:
-        ours = client.completions.create(model="demo", max_tokens=480, **options)
-        other = client.completions.create(model="whole", max_tokens=100, **options)
-        next(iter(ours))
-        next(iter(other))
+        streams = {
+            model: client.completions.create(model=model, **options)
+            for model in ("demo", "hasty", "whole")
+        }
+        pieces = {model: [next(iter(stream))] for model, stream in streams.items()}
         trunk.end(signal.SIGKILL)
         with pytest.raises(openai.APIError) as caught:
-            list(ours)
+            list(streams["hasty"])
         assert caught.value.code == "trunk_unavailable"
-        assert list(other)[-1].choices[0].finish_reason == "length"
 
         again = Process(tmp_path, "again", [trunk_model()], port=int(trunk.url.rsplit(":", 1)[1]))
-        answer = client.completions.create(model="demo", prompt="Hello", max_tokens=2)
+        for model in ("demo", "whole"):
+            pieces[model] += list(streams[model])
+            assert pieces[model][-1].choices[0].finish_reason == "length"
+        texts = {m: "".join(piece.choices[0].text for piece in pieces[m]) for m in pieces}
+        assert texts["demo"] == texts["whole"]
+        answer = client.completions.create(model="hasty", prompt="Hello", max_tokens=2)
         assert answer.choices[0].finish_reason
     assert home.end() == 0
     assert again.end() == 0

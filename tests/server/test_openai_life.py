@@ -28,6 +28,9 @@ from splitlearn_manager.config import DaemonConfig
 
 PROMPT = "The function returns"
 CHAT: Any = [{"role": "user", "content": "Hello"}]
+SOON = {"attempts": 2, "total": 1.0}
+"""When it is given up to go on without a Trunk."""
+
 LONG: dict[str, Any] = {
     "prompt": PROMPT,
     "max_tokens": 480,
@@ -290,7 +293,7 @@ def test_an_unload_ends_what_is_left_at_its_deadline() -> None:
 def test_a_trunk_that_goes_away_ends_its_own_requests_alone() -> None:
     with (
         daemon_of(trunk_config()) as trunk,
-        daemon_of(pipeline_config(trunk.url), whole_config("whole")) as gateway,
+        daemon_of(pipeline_config(trunk.url, retry=SOON), whole_config("whole")) as gateway,
         client_of(gateway.url) as client,
     ):
         stream = client.completions.create(model="demo", stream=True, **LONG)
