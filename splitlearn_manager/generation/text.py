@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 LONGEST_TEMPLATE = 1 << 20
 """Bytes; real ones have a few thousand."""
 
+_SPACE = "\u2581"
+"""What SentencePiece writes for the space before a word."""
+
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -115,13 +118,16 @@ class TextModel:
         text: str = self.tokenizer.decode(
             [token], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-        return TokenText(text, self._octets(token, text))
+        piece: str = self.tokenizer.convert_ids_to_tokens(token) or ""
+        if piece.startswith(_SPACE) and not text.startswith(" "):
+            text = f" {text}"  # which decoders drop at the beginning of a text
+        return TokenText(text, self._octets(piece, text))
 
-    def _octets(self, token: int, text: str) -> bytes:
+    @staticmethod
+    def _octets(piece: str, text: str) -> bytes:
         """Return the bytes of a token, which need be no whole characters."""
         if "\ufffd" not in text:
             return text.encode()
-        piece = self.tokenizer.convert_ids_to_tokens(token) or ""
         if match := _BYTE_TOKEN.fullmatch(piece):
             return bytes([int(match.group(1), 16)])
         table = _byte_alphabet()

@@ -10,8 +10,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import openai
 import pytest
@@ -47,6 +48,14 @@ class Process:
             if "ready" in line:
                 break
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave nothing behind, also where a test has failed."""
+        if self.process.poll() is None:
+            self.end(signal.SIGKILL)
+
     def end(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
         code = self.process.wait(60)
@@ -73,11 +82,13 @@ def gateway_models(url: str) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("gateway")
-    trunk = Process(folder, "trunk", [trunk_model()])
-    home = Process(folder, "gateway", gateway_models(trunk.url))
-    yield home.url
-    assert home.end() == 0
-    assert trunk.end() == 0
+    with (
+        Process(folder, "trunk", [trunk_model()]) as trunk,
+        Process(folder, "gateway", gateway_models(trunk.url)) as home,
+    ):
+        yield home.url
+        assert home.end() == 0
+        assert trunk.end() == 0
 
 
 @pytest.fixture(scope="module")
@@ -246,14 +257,18 @@ def demo_folder(tmp_path: Path) -> Path:
 
 def test_a_trunk_that_is_killed_and_comes_back(tmp_path: Path) -> None:
     """One pipeline gives up soon, and ends its own requests alone; the other one waits for it."""
-    trunk = Process(tmp_path, "trunk", [trunk_model()])
-    patient, whole = gateway_models(trunk.url)
-    hasty = {**patient, "model_id": "hasty"}
-    hasty["config"] = {**hasty["config"], "retry": {"attempts": 1, "total": 0.5}}
-    home = Process(tmp_path, "gateway", [patient, hasty, whole])
     options: dict[str, Any] = {"prompt": PROMPTS[0], "temperature": 0, "stream": True}
     options |= {"extra_body": {"ignore_eos": True}, "max_tokens": 120}
-    with openai.OpenAI(base_url=f"{home.url}/v1", api_key="any", max_retries=0) as client:
+    with ExitStack() as stack:
+        trunk = stack.enter_context(Process(tmp_path, "trunk", [trunk_model()]))
+        patient, whole = gateway_models(trunk.url)
+        hasty = {**patient, "model_id": "hasty"}
+        hasty["config"] = {**patient["config"], "retry": {"attempts": 1, "total": 0.5}}
+        patient["config"]["retry"] = {"attempts": 1000, "total": 300.0}
+        home = stack.enter_context(Process(tmp_path, "gateway", [patient, hasty, whole]))
+        client = stack.enter_context(
+            openai.OpenAI(base_url=f"{home.url}/v1", api_key="any", max_retries=0)
+        )
         streams = {
             model: client.completions.create(model=model, **options)
             for model in ("demo", "hasty", "whole")
@@ -264,7 +279,8 @@ def test_a_trunk_that_is_killed_and_comes_back(tmp_path: Path) -> None:
             list(streams["hasty"])
         assert caught.value.code == "trunk_unavailable"
 
-        again = Process(tmp_path, "again", [trunk_model()], port=int(trunk.url.rsplit(":", 1)[1]))
+        port = int(trunk.url.rsplit(":", 1)[1])
+        again = stack.enter_context(Process(tmp_path, "again", [trunk_model()], port))
         for model in ("demo", "whole"):
             pieces[model] += list(streams[model])
             assert pieces[model][-1].choices[0].finish_reason == "length"
@@ -272,5 +288,5 @@ def test_a_trunk_that_is_killed_and_comes_back(tmp_path: Path) -> None:
         assert texts["demo"] == texts["whole"]
         answer = client.completions.create(model="hasty", prompt="Hello", max_tokens=2)
         assert answer.choices[0].finish_reason
-    assert home.end() == 0
-    assert again.end() == 0
+        assert home.end() == 0
+        assert again.end() == 0
