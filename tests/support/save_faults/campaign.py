@@ -6,6 +6,7 @@ damaged is refused by name, and nothing is loaded of it; the next save works and
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -127,11 +128,10 @@ class _Killer:
 
 
 def full_disks(folder: Path, rng: random.Random) -> Generator[Trial]:
-    """Let the disk be full from a call on."""
-    while True:
+    """Let the disk be full from a call on: from each in turn, beginning anywhere."""
+    for number in itertools.count(rng.randrange(1000)):
         calls = _prepared(folder)
-        fatal = rng.randrange(len(calls))
-        yield full_at(folder, fatal, calls)
+        yield full_at(folder, number % len(calls), calls)
         shutil.rmtree(folder)
 
 
