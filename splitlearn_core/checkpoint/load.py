@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from splitlearn_core.checkpoint.load_report import LoadReport
+from splitlearn_core.checkpoint.model_folder import architecture_of
 from splitlearn_core.checkpoint.model_state import identity, modules_of, stored_tensors
 from splitlearn_core.checkpoint.plain_names import plain_name, plain_names
 from splitlearn_core.checkpoint.selection import Selection
@@ -274,7 +275,8 @@ def _skeleton(module: nn.Module) -> PreTrainedModel | None:
     if not isinstance(module, PreTrainedModel):
         return None
     known: Any = MODEL_FOR_CAUSAL_LM_MAPPING
-    if known.get(type(module.config), None) is not type(module):
+    usual = known.get(type(module.config), None)
+    if usual is None or usual.__name__ != architecture_of(module):
         return None
     return build_skeleton(copy.deepcopy(module.config))
 

@@ -408,5 +408,6 @@ def test_two_ranks_save_and_load_one_model(
             assert "File exists" in answer["error"]
         again = AutoModelForCausalLM.from_pretrained(tmp_path / way)
         assert again.dtype is torch.float16
+        assert again.config.architectures == ["LlamaForCausalLM"]
         assert_equal(tensors(again), {n: t.half() for n, t in tensors(model).items()})
         assert_equal(load_file(tmp_path / f"{way}.safetensors"), other)
