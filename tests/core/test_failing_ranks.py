@@ -66,7 +66,7 @@ def test_a_rank_that_hangs_is_given_up_after_the_deadline(ended: Ended) -> None:
 
     assert len(found) == 3  # it is told so itself, when it goes on
     for text in _named(found, 2):
-        assert "no sign of life for 5 s from rank 2 (last: reading" in text
+        assert "no sign of life for 8 s from rank 2 (last: reading" in text
     assert all(answer["seconds"] >= TIMEOUT for answer in found[:2])
 
 
@@ -75,7 +75,7 @@ def test_a_rank_that_dies_is_given_up_after_the_deadline(ended: Ended) -> None:
 
     assert len(found) == 2
     for text in _named(found, 2):
-        assert "no sign of life for 5 s from rank 2" in text
+        assert "no sign of life for 8 s from rank 2" in text
 
 
 def test_a_receiver_that_dies_is_named_by_those_that_live(ended: Ended) -> None:

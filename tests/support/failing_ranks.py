@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from splitlearn_core.sharded import load_sharded
 
-TIMEOUT = 5.0
+TIMEOUT = 8.0
 Settings = dict[str, Any]
 
 

@@ -35,7 +35,7 @@ IDS = torch.arange(24).view(2, 12) % 97
 def load(path: str, component: str = "full", **options: Any) -> nn.Module:
     """Load, without naming the model where rank 0 alone has it."""
     absent = options.get("source") == "full_state" and dist.get_rank() > 0
-    options = {"timeout": 30, **options}
+    options = {"timeout": 60, **options}
     return load_sharded(None if absent else path, component, POINTS, **options)
 
 
