@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,22 @@ def run(*arguments: object, text: str | None = None) -> subprocess.CompletedProc
     )
 
 
+Told = Callable[[list[str]], tuple[object, str]]
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Told:
+    """Return a function that runs the command line in this process: exit code, and what it says."""
+
+    def run_here(arguments: list[str]) -> tuple[object, str]:
+        monkeypatch.setattr(sys, "argv", ["splitlearn", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, capsys.readouterr().err
+
+    return run_here
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of somebody's own: a random Qwen2 with a tokenizer."""
@@ -113,7 +129,7 @@ def expected_answer(model: object, text: str, new: int) -> str:
     return str(tokenizer.decode(made[0, start:], skip_special_tokens=True))
 
 
-def test_a_folder_is_served_and_talked_with(folder: Path) -> None:
+def test_a_folder_is_served_and_talked_with(folder: Path, told: Told) -> None:
     with served(folder, "--split", "2,4") as address:
         chat = run(
             *("chat", folder, "--trunk", address, "--max-new-tokens", 8, "--temperature", 0),
@@ -124,8 +140,8 @@ def test_a_folder_is_served_and_talked_with(folder: Path) -> None:
             *("--max-new-tokens", 8, "--prompt-lookup", 3),
             text=f"{PROMPT}\n",
         )
-        wrong = run("generate", folder, "--split", "1,4", "--trunk", address, "-p", PROMPT)
-        other = run("chat", "builtin:demo", "--trunk", address, text="x\n")
+        wrong = told(["generate", str(folder), "--split=1,4", "--trunk", address, "-p", PROMPT])
+        other = told(["chat", "builtin:demo", "--trunk", address])
 
     assert chat.returncode == 0, chat.stderr
     assert chat.stdout.strip() == expected_answer(folder, "Hello there", 8).strip()
@@ -141,11 +157,9 @@ def test_a_folder_is_served_and_talked_with(folder: Path) -> None:
     assert result["timings"]["queue"] >= 0
     spent = sum(result["timings"][name] for name in ("bottom", "wire", "queue", "trunk", "top"))
     assert spent < result["timings"]["seconds"]
-    assert (wrong.returncode, other.returncode) == (1, 1)
-    assert "has the layers [2, 4), and split_points [1, 4] leave it [1, 4)" in wrong.stderr
-    assert "is of a qwen2 of 6 layers with hidden size 64" in other.stderr
-    for failed in (wrong, other):
-        assert "Traceback" not in failed.stderr
+    assert wrong[0] == other[0] == 1
+    assert "has the layers [2, 4), and split_points [1, 4] leave it [1, 4)" in wrong[1]
+    assert "is of a qwen2 of 6 layers with hidden size 64" in other[1]
 
 
 def test_the_built_in_model_with_a_breakdown_and_a_chain_found_by_itself() -> None:
@@ -163,7 +177,7 @@ def test_the_built_in_model_with_a_breakdown_and_a_chain_found_by_itself() -> No
         assert words in done.stderr
 
 
-def test_a_chain_over_two_daemons(folder: Path, tmp_path: Path) -> None:
+def test_a_chain_over_two_daemons(folder: Path, tmp_path: Path, told: Told) -> None:
     cuts = [1, 3, 5]
     configs = [
         {"model_id": f"middle-{n}", "model_path": str(folder), "dtype": "float32"}
@@ -198,15 +212,13 @@ def test_a_chain_over_two_daemons(folder: Path, tmp_path: Path) -> None:
             *("generate", folder, "--chain", f"middle-0@{first}", "--chain", f"middle-1@{second}"),
             *("--prompt", PROMPT, "--max-new-tokens", 8),
         )
-        turned = run(
-            *("generate", folder, "--chain", f"middle-1@{second}", "--chain", f"middle-0@{first}"),
-            *("--prompt", PROMPT),
-        )
+        links = [f"--chain=middle-1@{second}", f"--chain=middle-0@{first}"]
+        turned = told(["generate", str(folder), "--prompt", PROMPT, *links])
 
     assert named.returncode == 0, named.stderr
     assert named.stdout.strip() == expected_text(folder, PROMPT, 8).strip()
-    assert turned.returncode == 1
-    assert "give them in the order of their layers" in turned.stderr
+    assert turned[0] == 1
+    assert "give them in the order of their layers" in turned[1]
 
 
 def test_without_a_trunk_all_of_it_is_here(folder: Path) -> None:
@@ -271,35 +283,16 @@ WRONG: dict[str, tuple[list[str], str]] = {
 }
 
 
-def in_this_process(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> tuple[object, str]:
-    """Run the command line here; return the exit code, and what was told."""
-    monkeypatch.setattr(sys, "argv", ["splitlearn", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return ended.value.code, capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("arguments", "told"), WRONG.values(), ids=list(WRONG))
-def test_wrong_usage_is_named(
-    arguments: list[str],
-    told: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    code, said = in_this_process(arguments, monkeypatch, capsys)
+@pytest.mark.parametrize(("arguments", "named"), WRONG.values(), ids=list(WRONG))
+def test_wrong_usage_is_named(arguments: list[str], named: str, told: Told) -> None:
+    code, said = told(arguments)
 
     assert code == 2, said
-    assert told in said
+    assert named in said
 
 
-def test_a_trunk_that_is_not_there(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["chat", "builtin:demo", "--trunk", "http://127.0.0.1:9"]
-
-    code, said = in_this_process(arguments, monkeypatch, capsys)
+def test_a_trunk_that_is_not_there(told: Told) -> None:
+    code, said = told(["chat", "builtin:demo", "--trunk", "http://127.0.0.1:9"])
 
     assert code == 1
     assert "cannot reach http://127.0.0.1:9" in said
