@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from failover.campaign import Campaign
+from failover.places import Places
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from splitlearn_core.quickstart import load_full_model
+from splitlearn_manager import ModelConfig
+from splitlearn_manager.client.pipeline import load_pipeline
 
 SEED = 4
 TRIALS = 8  # each event once, and a kill more
@@ -21,11 +28,55 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_tokens_are_the_unsplit_models_whatever_becomes_of_the_server(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Places]:
+    with Places(2, tmp_path_factory.mktemp("failover") / "daemons.log") as places:
+        yield places
+
+
+def test_tokens_are_the_unsplit_models_whatever_becomes_of_the_server(
+    places: Places, tmp_path: Path
+) -> None:
     campaign = Campaign(tmp_path, SEED)
 
-    wrong = [f"{what}: {wrong}" for what, wrong in campaign.run(TRIALS) if wrong]
+    wrong = [f"{what}: {wrong}" for what, wrong in campaign.run_at(places, TRIALS) if wrong]
 
     assert not wrong, "\n".join([*wrong, str(campaign.report)])
     assert campaign.report.healed > 0
     assert campaign.report.positions > 0
+
+
+class KillsAt(StoppingCriteria):
+    """Kills a daemon when there are so many tokens; stops nothing."""
+
+    def __init__(self, places: Places, tokens: int) -> None:
+        self._places, self._tokens = places, tokens
+
+    def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """Look how many there are."""
+        if input_ids.shape[1] == self._tokens:
+            self._places.kill(0)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+def test_a_pipeline_goes_on_at_its_next_address_and_says_where(
+    places: Places, caplog: pytest.LogCaptureFixture
+) -> None:
+    places.start(0)
+    options = {"split_points": [2, 6], "trunk": places.urls, "retry": {"total": 30}}
+    config = ModelConfig(
+        "chat", "builtin:demo", model_type="pipeline", dtype="float32", config=options
+    )
+    pipeline = load_pipeline(config)
+    ids = pipeline.tokenizer("The function returns", return_tensors="pt").input_ids
+    whole, _ = load_full_model("builtin:demo", dtype="float32")
+    how = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    try:
+        kill = StoppingCriteriaList([KillsAt(places, ids.shape[1] + 5)])
+        found = pipeline.model.generate(ids, stopping_criteria=kill, **how)
+    finally:
+        pipeline.close()
+
+    assert torch.equal(found, whole.generate(ids, **how))
+    assert pipeline.trunks[0].url == places.urls[1]
+    assert f"connection to {places.urls[0]} lost; going on at {places.urls[1]}" in caplog.text

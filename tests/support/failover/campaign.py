@@ -101,17 +101,21 @@ class Campaign:
     def run(self, count: int) -> Iterator[tuple[str, str]]:
         """Yield each trial, and what is wrong with it: nothing, as a rule."""
         with Places(2, self._folder / "daemons.log") as places:
-            for number in range(count):
-                # one after the other, so that a few trials have some of each
-                event = (EVENTS + CUTS)[number % len(EVENTS + CUTS)]
-                way = self._rng.choice(list(WAYS))
-                step = self._rng.randrange(1, 5 if way == "prompt lookup" else NEW_TOKENS - 2)
-                what = f"{event} at step {step}, {way}"
-                begin = time.monotonic()
-                yield what, self._trial(places, event, way, step)
-                self.report.seconds.append(time.monotonic() - begin)
-                self.report.events[event] += 1
-                self.report.ways[way] += 1
+            yield from self.run_at(places, count)
+
+    def run_at(self, places: Places, count: int) -> Iterator[tuple[str, str]]:
+        """Do the same with two daemons that run."""
+        for number in range(count):
+            # one after the other, so that a few trials have some of each
+            event = (EVENTS + CUTS)[number % len(EVENTS + CUTS)]
+            way = self._rng.choice(list(WAYS))
+            step = self._rng.randrange(1, 5 if way == "prompt lookup" else NEW_TOKENS - 2)
+            what = f"{event} at step {step}, {way}"
+            begin = time.monotonic()
+            yield what, self._trial(places, event, way, step)
+            self.report.seconds.append(time.monotonic() - begin)
+            self.report.events[event] += 1
+            self.report.ways[way] += 1
 
     def _trial(self, places: Places, event: str, way: str, step: int) -> str:
         """Generate once; return what is wrong."""
