@@ -58,3 +58,16 @@ def test_the_proxy_delays_and_counts_and_names_the_server() -> None:
     assert received == [f"Host: {host}:{port}".encode()]
     assert took >= 0.1
     assert proxy.bytes_passed == len(f"Host: {near}") + 3
+
+
+def test_a_quick_run_of_a_gateway_has_its_row(tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        app,
+        ["bench", "generate", "--quick", "--json", "--work-dir", str(tmp_path), "--rows=gateway"],
+    )
+
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)["rows"]
+    assert "3 requests at a home gateway" in row["name"]
+    assert (row["unit"], row["target"]) == ("x", None)
+    assert row["value"] > 0
