@@ -224,3 +224,74 @@ def test_no_tensor_is_copied() -> None:
     encoded: Encoded = encode([tensor], "state")
 
     assert encoded.tensors["0"].data_ptr() == tensor.data_ptr()
+
+
+def optimizers() -> list[type[torch.optim.Optimizer]]:
+    """Every optimizer of torch's that takes dense gradients without a closure."""
+    left_out = {"Optimizer", "LBFGS", "SparseAdam", "Muon"}
+    found = [getattr(torch.optim, name) for name in torch.optim.__all__ if name not in left_out]
+    return [kind for kind in found if isinstance(kind, type)]
+
+
+@pytest.mark.parametrize("kind", optimizers(), ids=lambda kind: kind.__name__)
+def test_every_optimizer_goes_on_the_same(kind: Any) -> None:
+    def made() -> tuple[nn.Linear, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        return model, kind(model.named_parameters(), lr=0.1)
+
+    def step(model: nn.Linear, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+        optimizer.zero_grad()
+        model(torch.ones(1, 3)).square().sum().backward()
+        optimizer.step()
+        return model.weight.detach().clone()
+
+    model, optimizer = made()
+    step(model, optimizer)
+    other, again = made()
+    other.load_state_dict(through_json(model.state_dict()))
+    again.load_state_dict(through_json(optimizer.state_dict()))
+
+    assert all(torch.equal(step(model, optimizer), step(other, again)) for _ in range(2))
+
+
+SCHEDULERS: dict[str, Any] = {
+    "LambdaLR": lambda o, s: s.LambdaLR(o, lambda n: 0.9**n),
+    "MultiplicativeLR": lambda o, s: s.MultiplicativeLR(o, lambda _: 0.9),
+    "StepLR": lambda o, s: s.StepLR(o, 2),
+    "MultiStepLR": lambda o, s: s.MultiStepLR(o, [2, 3]),
+    "ConstantLR": lambda o, s: s.ConstantLR(o),
+    "LinearLR": lambda o, s: s.LinearLR(o),
+    "ExponentialLR": lambda o, s: s.ExponentialLR(o, 0.9),
+    "PolynomialLR": lambda o, s: s.PolynomialLR(o),
+    "CosineAnnealingLR": lambda o, s: s.CosineAnnealingLR(o, 10),
+    "CosineAnnealingWarmRestarts": lambda o, s: s.CosineAnnealingWarmRestarts(o, 3),
+    "CyclicLR": lambda o, s: s.CyclicLR(o, 0.01, 0.1, 2),
+    "OneCycleLR": lambda o, s: s.OneCycleLR(o, 0.1, 20),
+    "ReduceLROnPlateau": lambda o, s: s.ReduceLROnPlateau(o, patience=0),
+    "ChainedScheduler": lambda o, s: s.ChainedScheduler([s.ConstantLR(o), s.ExponentialLR(o, 0.9)]),
+    "SequentialLR": lambda o, s: s.SequentialLR(o, [s.ConstantLR(o), s.StepLR(o, 2)], [3]),
+    "SWALR": lambda o, _: torch.optim.swa_utils.SWALR(o, 0.05),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.filterwarnings("ignore:The epoch parameter")
+def test_every_scheduler_goes_on_the_same(name: str) -> None:
+    def made() -> tuple[torch.optim.Optimizer, Any]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
+        return optimizer, SCHEDULERS[name](optimizer, torch.optim.lr_scheduler)
+
+    def step(optimizer: torch.optim.Optimizer, scheduler: Any) -> float:
+        optimizer.step()
+        scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+        return float(optimizer.param_groups[0]["lr"])
+
+    optimizer, scheduler = made()
+    for _ in range(3):
+        step(optimizer, scheduler)
+    other, again = made()
+    other.load_state_dict(through_json(optimizer.state_dict()))
+    again.load_state_dict(through_json(scheduler.state_dict()))
+
+    assert [step(optimizer, scheduler) for _ in range(4)] == [step(other, again) for _ in range(4)]
