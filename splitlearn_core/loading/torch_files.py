@@ -5,6 +5,7 @@ Such a file is a pickle, and could otherwise run code.
 
 from __future__ import annotations
 
+import re
 import zipfile
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _ZIP = b"PK\x03\x04"
-
+# How torch names the function or class that a pickle asks for and does not get.
+_ASKED_FOR = re.compile(r"(?:Unsupported global: GLOBAL|unsupported GLOBAL) ([\w.]+)")
 
 # What a training script writes beside the weights, of which one at least makes a file its own.
 _WEIGHTS = "model"
@@ -69,10 +71,22 @@ def load_torch_file(path: Path) -> Any:
         raise ModelSourceError(f"there is no file {path}") from error
     except Exception as error:
         # torch raises whatever its reader ran into, of many types; there is no second attempt
-        raise CheckpointError(
-            f"{path} is not a plain state dict (tensors by name), or is damaged; convert it to"
-            f" safetensors where it was made.  torch says: {in_one_line(error)}"
-        ) from error
+        raise CheckpointError(_refusal(path, str(error), in_one_line(error))) from error
+
+
+def _refusal(path: Path, said: str, in_short: str) -> str:
+    """Return what to tell of a file that torch did not read, without its advice to trust it."""
+    if (asked := _ASKED_FOR.search(said)) is not None:
+        return (
+            f"{path} is not a plain state dict (tensors by name): it asks for {short(asked[1])},"
+            " which was not run; save its state_dict() alone where it was made"
+        )
+    _, is_verdict, verdict = said.partition("WeightsUnpickler error:")
+    reason = verdict.strip().partition("\n")[0] if is_verdict else in_short
+    return (
+        f"{path} is not a plain state dict (tensors by name), or is damaged; convert it to"
+        f" safetensors where it was made.  torch says: {reason}"
+    )
 
 
 def _is_archive(file: BinaryIO, path: Path) -> bool:
@@ -81,9 +95,18 @@ def _is_archive(file: BinaryIO, path: Path) -> bool:
     torch writes such an archive without compression; one that has any can't be mapped, and might
     unpack to anything.
     """
-    if file.read(len(_ZIP)) != _ZIP:
+    start = file.read(len(_ZIP))
+    if not start:
+        raise CheckpointError(f"{path} is empty: it has 0 bytes")
+    if start != _ZIP:
         return False
-    packed = [i.filename for i in zipfile.ZipFile(file).infolist() if i.compress_type]
+    try:
+        packed = [i.filename for i in zipfile.ZipFile(file).infolist() if i.compress_type]
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(
+            f"{path} is cut off or damaged: the table at its end, of what is in it, can't be read"
+            f" ({in_one_line(error)}); copy it again from where it was made"
+        ) from error
     if packed:
         raise CheckpointError(f"{path} is compressed, which torch.save does not do; save it again")
     return True
