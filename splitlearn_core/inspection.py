@@ -12,7 +12,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from splitlearn_core.checkpoint.minimind import MiniMindName, describe, is_minimind
+from splitlearn_core.checkpoint.minimind import (
+    LORA_FACTOR,
+    MiniMindName,
+    describe,
+    is_minimind,
+)
 from splitlearn_core.checkpoint.plain_names import plain_names
 from splitlearn_core.errors import CheckpointError, ModelSourceError, UnsupportedModelError
 from splitlearn_core.headers import (
@@ -44,10 +49,10 @@ _DTYPES = {
 _PART_FILE = "splitlearn.json"
 _TRAINING_FILE = "manifest.json"
 _TRAINING_FORMAT = "splitlearn-training"
+_SHARDED_FOLDER = "sharded"
 _DCP_FILE = ".metadata"
 _BIN_FILE, _BIN_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_LORA_FACTOR = ".lora.A.weight"
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,8 @@ class FoundTensor:
         dtype: As torch names it: `float16`, …
         shape: Sizes of its dimensions.
         nbytes: Bytes that it takes.
-        file: The file that it lies in, by its name within the folder.
+        file: The file that it lies in, by its name within the folder; of a DCP checkpoint those
+            that have its pieces.
     """
 
     name: str
@@ -81,7 +87,8 @@ class Inspection:
     Attributes:
         path: What was looked at.
         kind: `safetensors file`, `torch file`, `training file`, `model`, `part`, `parts`,
-            `adapter`, `training checkpoint`, `DCP checkpoint`.
+            `adapter`, `training checkpoint`, `DCP checkpoint`, `weights files` (a folder of them
+            that says nothing more).
         tensors: In the order of the files and of their bytes.
         about: What else is said there, and what a MiniMind file is taken for.
     """
@@ -178,7 +185,7 @@ def _minimind(tensors: Iterable[FoundTensor], path: Path) -> dict[str, Any]:
     shapes = {plain[tensor.name]: tensor.shape for tensor in tensors}
     name = MiniMindName.parse(path.name)
     about: dict[str, Any] = {} if name is None else {"by its name": asdict(name)}
-    ranks = {shape[0] for n, shape in shapes.items() if n.endswith(_LORA_FACTOR) and shape}
+    ranks = {shape[0] for n, shape in shapes.items() if n.endswith(LORA_FACTOR) and shape}
     if ranks:
         return about | {"minimind": {"kind": "adapter", "rank": max(ranks)}}
     is_named = name is not None or "tok_embeddings.weight" in shapes
@@ -212,9 +219,35 @@ def _folder(folder: Path) -> Inspection:
         raise ModelSourceError(
             f"{folder} holds checkpoints; name one: {listed(path.parent.name for path in steps)}"
         )
+    if (names := _weights_files(folder)) != []:
+        return _loose(folder, names)
+    places = sorted(f"{path.name}/" for path in folder.iterdir() if _holds_weights(path))
+    instead = f"; look into {listed(places)}" if places else ""
     raise ModelSourceError(
-        f"nothing in {folder} holds weights that are known: none of {', '.join(_FOLDERS)} is there"
+        f"nothing in {folder} holds weights that are known: no weights file, and none of"
+        f" {', '.join(_FOLDERS)} is there{instead}"
     )
+
+
+def _weights_files(folder: Path) -> list[str]:
+    """Return the names of a folder's weights files, sorted."""
+    suffixes = (SAFETENSORS_SUFFIX, *TORCH_SUFFIXES)
+    return sorted(path.name for path in folder.iterdir() if path.suffix in suffixes)
+
+
+def _holds_weights(path: Path) -> bool:
+    """Whether something is a folder with anything in it that can be looked into."""
+    return path.is_dir() and (
+        _weights_files(path) != [] or any((path / name).exists() for name in _FOLDERS)
+    )
+
+
+def _loose(folder: Path, names: Iterable[str]) -> Inspection:
+    """Look into each weights file of a folder that says nothing of them, as MiniMind's `out`."""
+    found = {name: inspect(folder / name) for name in names}
+    tensors = tuple(tensor for each in found.values() for tensor in each.tensors)
+    about = {name: {"kind": each.kind, **each.about} for name, each in found.items()}
+    return Inspection(str(folder), "weights files", tensors, about)
 
 
 def _weights(files: FolderFiles) -> tuple[FoundTensor, ...]:
@@ -291,6 +324,8 @@ def _training(files: FolderFiles) -> Inspection:
     names = sorted(listed_files) if isinstance(listed_files, dict) else []
     safe = [name for name in names if name.endswith(SAFETENSORS_SUFFIX)]
     tensors = tuple(t for name in safe for t in _header(_within(files.folder, name), name))
+    pieces = files.folder / _SHARDED_FOLDER
+    tensors += _in_pieces(pieces) if (pieces / _DCP_FILE).exists() else ()
     about = {"versions": manifest.get("versions"), "files": names}
     return Inspection(str(files.folder), "training checkpoint", tensors, about)
 
@@ -305,7 +340,18 @@ def _within(folder: Path, name: str) -> Path:
 
 def _dcp(files: FolderFiles) -> Inspection:
     names = sorted(path.name for path in files.folder.glob("*.distcp"))
-    return Inspection(str(files.folder), "DCP checkpoint", (), {"files": names})
+    tensors = _in_pieces(files.folder)
+    return Inspection(str(files.folder), "DCP checkpoint", tensors, {"files": names})
+
+
+def _in_pieces(folder: Path) -> tuple[FoundTensor, ...]:
+    """Return the tensors of a DCP folder."""
+    from splitlearn_core.sharded.dcp_reader import stored_tensors  # noqa: PLC0415 - imports torch
+
+    return tuple(
+        FoundTensor(t.name, t.dtype, t.shape, t.nbytes, ", ".join(t.files))
+        for t in stored_tensors(folder)
+    )
 
 
 # What a folder is, by the first of these that lies in it.

@@ -35,6 +35,8 @@ _NAME = re.compile(
     r"\.(?:pth|pt|bin|safetensors)"
 )
 _LORA = "lora_"
+LORA_FACTOR = ".lora.A.weight"
+"""How the names of an adapter's tensors end, every second one."""
 
 
 @dataclass(frozen=True)
@@ -261,6 +263,11 @@ class _Reading:
         self._options = options
         self._ignored = tuple(sorted(name for name in shapes if _TABLES.search(name)))
         own = [name for name in shapes if not _TABLES.search(name)]
+        if any(name.endswith(LORA_FACTOR) for name in own):
+            raise CheckpointError(
+                f"{where} is a LoRA adapter, no model: load its model, and then the adapter"
+                " (splitlearn_core.checkpoint.load_lora)"
+            )
         if not is_minimind(own):
             raise CheckpointError(
                 f"{where} is no MiniMind model: it has neither tok_embeddings and"

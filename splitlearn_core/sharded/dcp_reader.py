@@ -10,14 +10,16 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from splitlearn_core.dtypes import dtype_name
 from splitlearn_core.errors import CheckpointError, ModelSourceError
 from splitlearn_core.headers import is_file_name
 from splitlearn_core.messages import in_one_line, short
@@ -114,6 +116,49 @@ class PlainPlanner(DefaultLoadPlanner):
         torch.save(plain, again)
         again.seek(0)
         super().load_bytes(read_item, again)
+
+
+@dataclass(frozen=True)
+class StoredInPieces:
+    """What a DCP checkpoint says of one tensor.
+
+    Attributes:
+        name: As it is stored.
+        dtype: As torch names it: `float16`, …
+        shape: Of the whole.
+        nbytes: Bytes of the whole.
+        files: Those that have pieces of it, sorted.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    files: tuple[str, ...]
+
+
+def stored_tensors(folder: Path) -> list[StoredInPieces]:
+    """Return what tensors a DCP folder has, from its metadata alone, sorted by name.
+
+    Raises:
+        ModelSourceError: (a `FileNotFoundError`) There is no metadata file.
+        CheckpointError: (a `ValueError`) It is damaged, or names files that are not (wholly) there.
+    """
+    metadata = PlainReader(folder).read_metadata()
+    files: dict[str, set[str]] = {}
+    for index, place in (metadata.storage_data or {}).items():
+        files.setdefault(index.fqn, set()).add(str(place.relative_path))
+    return [
+        StoredInPieces(
+            name,
+            dtype_name(stored.properties.dtype),
+            tuple(stored.size),
+            stored.size.numel() * stored.properties.dtype.itemsize,
+            tuple(sorted(files.get(name, ()))),
+        )
+        for name, stored in sorted(metadata.state_dict_metadata.items())
+        if isinstance(stored, TensorStorageMetadata)
+    ]
 
 
 def _bounded(path: Path) -> bytes:

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from splitlearn_core.checkpoint import add_lora, save_checkpoint, save_lora, save_weights
 from splitlearn_core.errors import CheckpointError, ModelSourceError
 from splitlearn_core.inspection import inspect
+from splitlearn_core.sharded import save_dcp
 from splitlearn_core.split_checkpoint import split_checkpoint
 from splitlearn_manager.cli import app
 
@@ -94,6 +95,42 @@ def test_a_checkpoint_of_training(tmp_path: Path) -> None:
     assert {t.shape for t in found.tensors} >= {(3, 2), (3,)}
     with pytest.raises(ModelSourceError, match="holds checkpoints; name one: "):
         inspect(tmp_path)
+
+
+def test_a_folder_of_dcp_from_its_metadata(tmp_path: Path) -> None:
+    model = nn.Linear(2, 3)
+    save_dcp(tmp_path / "dcp", model)
+    checkpoint = save_checkpoint(tmp_path / "run", step=1, rate=0.5)
+    shutil.copytree(tmp_path / "dcp", checkpoint / "sharded")  # as FSDP's ranks write it
+
+    found = inspect(tmp_path / "dcp")
+
+    assert found.kind == "DCP checkpoint"
+    (weight,) = [tensor for tensor in found.tensors if tensor.name.endswith("weight")]
+    assert (weight.dtype, weight.shape, weight.nbytes) == ("float32", (3, 2), 24)
+    assert weight.file == "__0_0.distcp"
+    assert {t.name for t in inspect(checkpoint).tensors} >= {t.name for t in found.tensors}
+    (tmp_path / "dcp" / "__0_0.distcp").unlink()
+    with pytest.raises(CheckpointError, match="is not there"):
+        inspect(tmp_path / "dcp")
+
+
+def test_a_folder_of_weights_files(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    torch.save(Reference().state(), out / "full_sft_64.pth")
+    save_file({"a": torch.ones(2, 3)}, out / "a.safetensors")
+
+    found = inspect(out)
+
+    assert found.kind == "weights files"
+    assert {tensor.file for tensor in found.tensors} == {"a.safetensors", "full_sft_64.pth"}
+    assert found.about["full_sft_64.pth"]["minimind"]["model_type"] == "llama"
+    with pytest.raises(ModelSourceError, match=r"look into out/"):
+        inspect(tmp_path)
+    (out / "cut_64.pth").write_bytes((out / "full_sft_64.pth").read_bytes()[:500])
+    with pytest.raises(CheckpointError, match=r"cut_64\.pth is cut off"):
+        inspect(out)
 
 
 @pytest.mark.parametrize(
@@ -206,8 +243,11 @@ def test_what_is_not_there_or_hostile(
     with pytest.raises(ModelSourceError, match=r"no weights file: those end in \.safetensors"):
         inspect(tmp_path / "w.txt")
     torch.save({"w": print}, tmp_path / "hostile.pth")
-    with pytest.raises(CheckpointError, match="not a plain state dict"):
+    with pytest.raises(CheckpointError, match="it asks for 'print', which was not run"):
         inspect(tmp_path / "hostile.pth")
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pth")
+    with pytest.raises(CheckpointError, match=r"asks for 'torch.*Linear'.* state_dict\(\) alone"):
+        inspect(tmp_path / "module.pth")
     folder = shutil.copytree(make_checkpoint("llama", shard_size="50KB").path, tmp_path / "sharded")
     min(Path(folder).glob("*.safetensors")).unlink()
     with pytest.raises(CheckpointError, match="is not there"):
