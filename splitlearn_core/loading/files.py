@@ -9,7 +9,9 @@ from typing import Any, Protocol
 
 from platformdirs import user_cache_path
 
+from splitlearn_core.checkpoint.minimind import MINIMIND, MiniMindName
 from splitlearn_core.errors import CheckpointError, ModelSourceError
+from splitlearn_core.headers import listed
 from splitlearn_core.messages import short
 from splitlearn_core.regular_files import refuse_unless_regular
 from splitlearn_core.shape import CONFIG_FILE, read_config
@@ -169,8 +171,28 @@ def local_config(files: CheckpointFiles) -> Path:
     if adapter is not None:
         raise _is_adapter(files) if path is None else _has_adapter(files)
     if path is None:
-        raise ModelSourceError(f"no model in {files.description}: it has no {CONFIG_FILE}")
+        raise _without_config(files)
     return path.parent
+
+
+def _without_config(files: CheckpointFiles) -> ModelSourceError:
+    """Return the error for files that lie beside no `config.json`; says what else they may be."""
+    what = f"no model in {files.description}: it has no {CONFIG_FILE}"
+    if not isinstance(files, FolderFiles):
+        return ModelSourceError(what)
+    places = (files.folder, files.folder / "out")
+    file = files.weights_file
+    near = [file] if file else sorted(p.name for f in places if f.is_dir() for p in f.iterdir())
+    names = {name: named for name in near if (named := MiniMindName.parse(name)) is not None}
+    models = [name for name, named in names.items() if not named.is_lora]
+    if models:
+        what += f"; if it is one of MiniMind's ({listed(models, 4)}), say model_type='{MINIMIND}'"
+    elif names:
+        what += (
+            f"; an adapter of MiniMind's ({listed(names, 4)}) is no model: load its model, and then"
+            " the adapter (splitlearn_core.checkpoint.load_lora)"
+        )
+    return ModelSourceError(what)
 
 
 def stored_config(files: CheckpointFiles) -> tuple[dict[str, Any], str]:

@@ -287,17 +287,19 @@ def _the_one_in(folder: Path) -> FolderFiles:
             raise ModelSourceError(
                 f"{place} has several MiniMind models: {listed(names)}; name one of the files"
             )
+    resumed = sorted(_models_in(folder, of_training=True))
+    instead = f"; to take the weights of {listed(resumed)}, name the file" if resumed else ""
     raise ModelSourceError(
         f"no MiniMind model in {folder}, nor in {folder / _OUT}: no file is named as"
-        " full_sft_512.pth or pretrain_768_moe.pth are"
+        f" full_sft_512.pth or pretrain_768_moe.pth are{instead}"
     )
 
 
-def _models_in(folder: Path) -> Iterator[str]:
-    """Yield the files of a folder that are named as MiniMind's models are."""
+def _models_in(folder: Path, *, of_training: bool = False) -> Iterator[str]:
+    """Yield the files of a folder that are named as MiniMind's models (or `…_resume.pth`) are."""
     if not folder.is_dir():
         return
     for path in folder.iterdir():
         name = MiniMindName.parse(path.name)
-        if name is not None and not (name.is_lora or name.is_resume) and path.is_file():
-            yield path.name
+        if name is not None and not name.is_lora and name.is_resume is of_training:
+            yield from [path.name] * path.is_file()

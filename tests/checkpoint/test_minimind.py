@@ -346,6 +346,23 @@ def test_a_torch_file_of_another_name_is_not_taken_for_one(tmp_path: Path) -> No
     assert load_component(path, "full", minimind={}).component == "full"
 
 
+def test_what_is_no_model_says_what_to_do(tmp_path: Path) -> None:
+    module = "model.layers.0.self_attn.q_proj.lora"
+    factors = {f"{module}.A.weight": torch.ones(4, 8), f"{module}.B.weight": torch.ones(8, 4)}
+    torch.save(factors, tmp_path / "lora_medical_8.pth")
+    training_file(tmp_path / "pretrain_64_resume.pth")
+
+    for model_type in ("minimind", "auto"):
+        with pytest.raises((CheckpointError, ModelSourceError), match="load_lora"):
+            load_component(tmp_path / "lora_medical_8.pth", "full", model_type=model_type)
+    with pytest.raises(ModelSourceError, match=r"pretrain_64_resume\.pth, name the file"):
+        load_component(tmp_path, "full", model_type="minimind")
+    write(tmp_path, Reference(), "full_sft_64.pth")
+    for path, model_type in ((tmp_path, "auto"), (tmp_path / "full_sft_64.pth", "llama")):
+        with pytest.raises(ModelSourceError, match="say model_type='minimind'"):
+            load_component(path, "full", model_type=model_type)
+
+
 def test_a_hostile_file_is_refused(tmp_path: Path) -> None:
     torch.save({"model.embed_tokens.weight": print}, tmp_path / "full_sft_64.pth")
 
