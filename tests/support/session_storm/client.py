@@ -362,7 +362,10 @@ class Client:
         chosen = self._rng.choices(range(len(flow.rows)), k=count)
         gone = [row for n, row in enumerate(flow.rows) if n not in chosen]
         self._maybe_arm()
+        touched = flow.touched
         if self._try(flow, lambda: flow.reorder(chosen)):
+            if chosen == list(range(count)) and not gone:
+                flow.touched = touched  # rows that stay where they are: the server was not asked
             self.events["reordered"] += 1
             for row in gone:
                 self._told.put(Story(self.number, row))
