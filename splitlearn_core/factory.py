@@ -245,7 +245,7 @@ def estimate_component(
         estimate = estimate_part(blueprint, placement, packing, warm_up_positions)
     if adapter is None:
         return estimate
-    from splitlearn_core.checkpoint.adapter_folder import folding_nbytes  # noqa: PLC0415
+    from splitlearn_core.checkpoint.adapters.folder import folding_nbytes  # noqa: PLC0415
 
     return replace(estimate, peak_bytes=estimate.peak_bytes + folding_nbytes(adapter))
 

@@ -18,7 +18,7 @@ from splitlearn_core.checkpoint.minimind import (
     describe,
     is_minimind,
 )
-from splitlearn_core.checkpoint.plain_names import plain_names
+from splitlearn_core.checkpoint.models.plain_names import plain_names
 from splitlearn_core.errors import CheckpointError, ModelSourceError, UnsupportedModelError
 from splitlearn_core.headers import (
     INDEX_FILE,

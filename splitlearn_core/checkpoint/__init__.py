@@ -9,10 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from splitlearn_core.checkpoint.adapter_folder import join_adapters
-    from splitlearn_core.checkpoint.giving import TrainingState
+    from splitlearn_core.checkpoint.adapters.folder import join_adapters
     from splitlearn_core.checkpoint.load import load_weights
-    from splitlearn_core.checkpoint.load_report import LoadReport
     from splitlearn_core.checkpoint.lora import (
         LoraReport,
         active_lora,
@@ -27,12 +25,14 @@ if TYPE_CHECKING:
     )
     from splitlearn_core.checkpoint.minimind import MiniMindName
     from splitlearn_core.checkpoint.minimind_resume import load_minimind_resume
-    from splitlearn_core.checkpoint.parameters import ParameterCounts, count_parameters
+    from splitlearn_core.checkpoint.models.load_report import LoadReport
+    from splitlearn_core.checkpoint.models.parameters import ParameterCounts, count_parameters
     from splitlearn_core.checkpoint.resume import Checkpointer, load_checkpoint, save_checkpoint
-    from splitlearn_core.checkpoint.sampler import ResumableSampler
+    from splitlearn_core.checkpoint.training.giving import TrainingState
+    from splitlearn_core.checkpoint.training.sampler import ResumableSampler
+    from splitlearn_core.checkpoint.training.world import Batches
     from splitlearn_core.checkpoint.training_file import TrainingFile, read_training_file
     from splitlearn_core.checkpoint.weights import SavedWeights, save_weights
-    from splitlearn_core.checkpoint.world import Batches
 
 __all__ = [
     "Batches",
@@ -65,20 +65,20 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Batches": "world",
+    "Batches": "training.world",
     "Checkpointer": "resume",
-    "LoadReport": "load_report",
+    "LoadReport": "models.load_report",
     "LoraReport": "lora",
     "MiniMindName": "minimind",
-    "ParameterCounts": "parameters",
-    "ResumableSampler": "sampler",
+    "ParameterCounts": "models.parameters",
+    "ResumableSampler": "training.sampler",
     "SavedWeights": "weights",
     "TrainingFile": "training_file",
-    "TrainingState": "giving",
+    "TrainingState": "training.giving",
     "active_lora": "lora",
     "add_lora": "lora",
-    "count_parameters": "parameters",
-    "join_adapters": "adapter_folder",
+    "count_parameters": "models.parameters",
+    "join_adapters": "adapters.folder",
     "load_checkpoint": "resume",
     "load_minimind_resume": "minimind_resume",
     "load_lora": "lora",

@@ -12,13 +12,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
-from splitlearn_core.checkpoint.load_report import LoadReport
-from splitlearn_core.checkpoint.model_folder import architecture_of
-from splitlearn_core.checkpoint.model_state import identity, modules_of, stored_tensors
-from splitlearn_core.checkpoint.plain_names import plain_name, plain_names
-from splitlearn_core.checkpoint.selection import Selection
-from splitlearn_core.checkpoint.weights_file import open_weights
-from splitlearn_core.checkpoint.wrappers import fsdp1_modules
+from splitlearn_core.checkpoint.models.load_report import LoadReport
+from splitlearn_core.checkpoint.models.model_folder import architecture_of
+from splitlearn_core.checkpoint.models.model_state import identity, modules_of, stored_tensors
+from splitlearn_core.checkpoint.models.plain_names import plain_name, plain_names
+from splitlearn_core.checkpoint.models.selection import Selection
+from splitlearn_core.checkpoint.models.weights_file import open_weights
+from splitlearn_core.checkpoint.models.wrappers import fsdp1_modules
 from splitlearn_core.dtypes import dtype_name
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.headers import listed

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from splitlearn_core.checkpoint.adapter_base import AdapterBase, bases_of
-from splitlearn_core.checkpoint.adapter_fit import (
+from splitlearn_core.checkpoint.adapters.base import AdapterBase, bases_of
+from splitlearn_core.checkpoint.adapters.fit import (
     check_fit,
     check_modules,
     is_target,
     kept_settings,
     usual_targets,
 )
-from splitlearn_core.checkpoint.adapter_folder import named, read_adapter, write_adapter
-from splitlearn_core.checkpoint.adapter_layers import factor_parameters
+from splitlearn_core.checkpoint.adapters.folder import named, read_adapter, write_adapter
+from splitlearn_core.checkpoint.adapters.layers import factor_parameters
 from splitlearn_core.dtypes import as_dtype
 from splitlearn_core.errors import StorageError
 from splitlearn_core.headers import listed

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from splitlearn_core.checkpoint.exchange import Ranks
-from splitlearn_core.checkpoint.giving import TrainingState
 from splitlearn_core.checkpoint.load import load_weights
 from splitlearn_core.checkpoint.minimind import hugging_face_name
-from splitlearn_core.checkpoint.model_state import modules_of
+from splitlearn_core.checkpoint.models.model_state import modules_of
+from splitlearn_core.checkpoint.models.wrappers import plain_name
+from splitlearn_core.checkpoint.training.exchange import Ranks
+from splitlearn_core.checkpoint.training.giving import TrainingState
+from splitlearn_core.checkpoint.training.world import Policy, Progress, convert
 from splitlearn_core.checkpoint.training_file import TrainingFile, read_training_file
-from splitlearn_core.checkpoint.world import Policy, Progress, convert
-from splitlearn_core.checkpoint.wrappers import plain_name
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.headers import listed
 from splitlearn_core.messages import in_one_line, short

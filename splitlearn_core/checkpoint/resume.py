@@ -19,20 +19,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from splitlearn_core.checkpoint import archive, folders, shards
-from splitlearn_core.checkpoint.archive import Content, Writer
-from splitlearn_core.checkpoint.background import Background, Here
-from splitlearn_core.checkpoint.disk import Disk
-from splitlearn_core.checkpoint.encoding import Encoded, encode
-from splitlearn_core.checkpoint.exchange import Exchange, Ranks
-from splitlearn_core.checkpoint.folders import Checkpoint
-from splitlearn_core.checkpoint.giving import Loading, NotAskedForError, Read, TrainingState
-from splitlearn_core.checkpoint.hashed_files import Output
-from splitlearn_core.checkpoint.snapshot import Snapshot
-from splitlearn_core.checkpoint.snapshot import threads as copying_threads
-from splitlearn_core.checkpoint.stateful import ADAPTER
-from splitlearn_core.checkpoint.taking import Facts, check_names, content_of, rank_state
-from splitlearn_core.checkpoint.world import Batches, Policy
+from splitlearn_core.checkpoint.files import folders
+from splitlearn_core.checkpoint.files.background import Background, Here
+from splitlearn_core.checkpoint.files.disk import Disk
+from splitlearn_core.checkpoint.files.folders import Checkpoint
+from splitlearn_core.checkpoint.files.hashed_files import Output
+from splitlearn_core.checkpoint.training import archive, shards
+from splitlearn_core.checkpoint.training.archive import Content, Writer
+from splitlearn_core.checkpoint.training.encoding import Encoded, encode
+from splitlearn_core.checkpoint.training.exchange import Exchange, Ranks
+from splitlearn_core.checkpoint.training.giving import (
+    Loading,
+    NotAskedForError,
+    Read,
+    TrainingState,
+)
+from splitlearn_core.checkpoint.training.snapshot import Snapshot
+from splitlearn_core.checkpoint.training.snapshot import threads as copying_threads
+from splitlearn_core.checkpoint.training.stateful import ADAPTER
+from splitlearn_core.checkpoint.training.taking import Facts, check_names, content_of, rank_state
+from splitlearn_core.checkpoint.training.world import Batches, Policy
 from splitlearn_core.errors import CheckpointError, NoCheckpointError, RankLostError
 from splitlearn_core.machine import return_freed_memory
 from splitlearn_core.messages import in_one_line

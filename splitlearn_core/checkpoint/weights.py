@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from transformers.core_model_loading import revert_weight_conversion
 
 from splitlearn_core.atomic_files import replacing
-from splitlearn_core.checkpoint.model_folder import ModelFolder, write_folder
-from splitlearn_core.checkpoint.model_state import ModelState, state_of
-from splitlearn_core.checkpoint.ranks import Read, write_together
+from splitlearn_core.checkpoint.models.model_folder import ModelFolder, write_folder
+from splitlearn_core.checkpoint.models.model_state import ModelState, state_of
+from splitlearn_core.checkpoint.models.ranks import Read, write_together
 from splitlearn_core.dtypes import as_dtype, dtype_name, main_dtype
 from splitlearn_core.errors import CheckpointError, StorageError
 from splitlearn_core.loading.files import SAFETENSORS_SUFFIX, TORCH_SUFFIXES

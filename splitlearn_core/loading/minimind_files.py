@@ -18,7 +18,7 @@ from splitlearn_core.checkpoint.minimind import (
     is_minimind,
     may_be_minimind,
 )
-from splitlearn_core.checkpoint.plain_names import plain_names
+from splitlearn_core.checkpoint.models.plain_names import plain_names
 from splitlearn_core.dtypes import dtype_name, main_dtype
 from splitlearn_core.errors import ModelSourceError
 from splitlearn_core.headers import INDEX_FILE, SINGLE_FILE, listed

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from splitlearn_core.atomic_files import replacing
-from splitlearn_core.checkpoint.wrappers import unwrapped
+from splitlearn_core.checkpoint.models.wrappers import unwrapped
 from splitlearn_core.errors import CheckpointError, ModelSourceError, StorageError
 from splitlearn_core.headers import listed, read_header
 from splitlearn_core.loading.files import ADAPTER_CONFIG_FILE, FolderFiles

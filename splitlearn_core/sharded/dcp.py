@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
 
-from splitlearn_core.checkpoint.wrappers import fsdp1_modules, plain_name, unwrapped
+from splitlearn_core.checkpoint.models.wrappers import fsdp1_modules, plain_name, unwrapped
 from splitlearn_core.dtypes import dtype_name
 from splitlearn_core.errors import CheckpointError, StorageError
 from splitlearn_core.headers import listed

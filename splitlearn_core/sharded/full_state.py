@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from splitlearn_core.checkpoint.wrappers import plain_name, unwrapped
+from splitlearn_core.checkpoint.models.wrappers import plain_name, unwrapped
 from splitlearn_core.dtypes import dtype_name
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.headers import listed

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from splitlearn_core.checkpoint.wrappers import fsdp1_modules
+from splitlearn_core.checkpoint.models.wrappers import fsdp1_modules
 from splitlearn_core.dtypes import dtype_name
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.sharded.layout import Share, shares

@@ -26,7 +26,7 @@ from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from splitlearn_core.checkpoint.wrappers import fsdp1_modules, plain_name, unwrapped
+from splitlearn_core.checkpoint.models.wrappers import fsdp1_modules, plain_name, unwrapped
 from splitlearn_core.errors import UnsupportedModelError
 from splitlearn_core.headers import listed
 from splitlearn_core.pruning import put_passage_outside

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, GenerationConfig
 
-from splitlearn_core.checkpoint.wrappers import plain_name
+from splitlearn_core.checkpoint.models.wrappers import plain_name
 from splitlearn_core.families import family_of
 from splitlearn_core.pruning import AbsentModule, prune
 from splitlearn_core.skeleton import build_skeleton, building, initialise_buffers

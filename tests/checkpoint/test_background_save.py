@@ -12,7 +12,7 @@ import torch
 from save_faults.disks import CountingDisk, FullDisk
 from torch import nn
 
-from splitlearn_core.checkpoint.disk import Disk
+from splitlearn_core.checkpoint.files.disk import Disk
 from splitlearn_core.checkpoint.resume import Checkpointer, load_checkpoint, save_checkpoint
 from splitlearn_core.errors import StorageError
 

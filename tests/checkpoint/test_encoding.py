@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from splitlearn_core.checkpoint.encoding import Encoded, decode, encode
+from splitlearn_core.checkpoint.training.encoding import Encoded, decode, encode
 from splitlearn_core.errors import CheckpointError, UnsavableStateError
 
 PLAIN = (

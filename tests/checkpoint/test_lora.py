@@ -459,7 +459,7 @@ def test_a_full_disk_leaves_the_adapter_that_was_there(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("splitlearn_core.checkpoint.adapter_folder.write_tensors", full)
+    monkeypatch.setattr("splitlearn_core.checkpoint.adapters.folder.write_tensors", full)
     with pytest.raises(StorageError, match=r"No space left .*as it was"):
         save_lora(model, adapter[0])
 

@@ -200,7 +200,7 @@ def test_keep_last_and_latest(tmp_path: Path) -> None:
 
 
 def test_one_that_is_being_read_is_not_deleted(tmp_path: Path) -> None:
-    from splitlearn_core.checkpoint import folders  # noqa: PLC0415
+    from splitlearn_core.checkpoint.files import folders  # noqa: PLC0415
 
     checkpointer = Checkpointer(tmp_path, keep_last=1)
     first = checkpointer.save(step=1)
@@ -305,7 +305,7 @@ def test_something_refuses_its_state_and_nothing_is_changed(tmp_path: Path) -> N
 
 
 def test_other_data(tmp_path: Path) -> None:
-    from splitlearn_core.checkpoint.sampler import ResumableSampler  # noqa: PLC0415
+    from splitlearn_core.checkpoint.training.sampler import ResumableSampler  # noqa: PLC0415
 
     save_checkpoint(tmp_path, step=0, sampler=ResumableSampler(40, 2))
 

@@ -12,7 +12,7 @@ from ranks import Run, run_ranks
 from resume_checks import sharded_model, sharded_step
 
 from splitlearn_core.checkpoint.resume import load_checkpoint, save_checkpoint
-from splitlearn_core.checkpoint.sampler import ResumableSampler
+from splitlearn_core.checkpoint.training.sampler import ResumableSampler
 from splitlearn_core.errors import CheckpointError, WorldSizeError
 
 DEATH = ("check_z_death",)

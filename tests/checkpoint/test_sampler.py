@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from splitlearn_core.checkpoint.sampler import ResumableSampler
+from splitlearn_core.checkpoint.training.sampler import ResumableSampler
 from splitlearn_core.errors import CheckpointError, WorldSizeError
 
 Steps = list[set[int]]

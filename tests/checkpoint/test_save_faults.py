@@ -15,8 +15,8 @@ from save_faults import campaign
 from save_faults.disks import CountingDisk, FullDisk
 from save_faults.states import save, wrong_with
 
-from splitlearn_core.checkpoint import folders
-from splitlearn_core.checkpoint.disk import Disk
+from splitlearn_core.checkpoint.files import folders
+from splitlearn_core.checkpoint.files.disk import Disk
 from splitlearn_core.checkpoint.resume import load_checkpoint
 from splitlearn_core.errors import CheckpointError, NoCheckpointError, StorageError
 
@@ -162,7 +162,7 @@ def test_a_manifest_of_another_kind(newest: Path, change: dict[str, Any], messag
 
 
 def test_a_manifest_can_not_lead_elsewhere(newest: Path) -> None:
-    from splitlearn_core.checkpoint import manifest  # noqa: PLC0415
+    from splitlearn_core.checkpoint.files import manifest  # noqa: PLC0415
 
     record = manifest.FileRecord(0, 8, ())
     (newest / "manifest.json").write_text(manifest.to_text({"../training.json": record}, {}))

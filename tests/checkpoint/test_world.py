@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitlearn_core.checkpoint.world import Batches, Progress, convert
+from splitlearn_core.checkpoint.training.world import Batches, Progress, convert
 from splitlearn_core.errors import WorldSizeError
 
 SIZES = st.integers(1, 12)

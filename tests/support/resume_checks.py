@@ -18,10 +18,10 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from splitlearn_core.checkpoint import exchange
-from splitlearn_core.checkpoint.disk import Disk
+from splitlearn_core.checkpoint.files.disk import Disk
 from splitlearn_core.checkpoint.resume import Checkpointer
-from splitlearn_core.checkpoint.sampler import ResumableSampler
+from splitlearn_core.checkpoint.training import exchange
+from splitlearn_core.checkpoint.training.sampler import ResumableSampler
 from splitlearn_core.errors import RankLostError, SplitLearnError
 
 _TIMEOUT = 1.0

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from splitlearn_core.checkpoint.resume import Checkpointer
-from splitlearn_core.checkpoint.sampler import ResumableSampler
+from splitlearn_core.checkpoint.training.sampler import ResumableSampler
 
 SAMPLES = 40
 WIDTH = 6

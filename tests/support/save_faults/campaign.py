@@ -22,7 +22,7 @@ from typing import Self
 
 from save_faults.disks import CountingDisk, FullDisk
 from save_faults.states import Holder, save, wrong_with
-from splitlearn_core.checkpoint.folders import checkpoints_in
+from splitlearn_core.checkpoint.files.folders import checkpoints_in
 from splitlearn_core.checkpoint.resume import Checkpointer
 from splitlearn_core.errors import CheckpointError, StorageError
 

@@ -7,7 +7,7 @@ import os
 import signal
 from pathlib import Path
 
-from splitlearn_core.checkpoint.disk import Disk
+from splitlearn_core.checkpoint.files.disk import Disk
 
 
 class CountingDisk(Disk):

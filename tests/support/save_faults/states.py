@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from splitlearn_core.checkpoint.disk import Disk
-from splitlearn_core.checkpoint.hashed_files import BLOCK_BYTES
+from splitlearn_core.checkpoint.files.disk import Disk
+from splitlearn_core.checkpoint.files.hashed_files import BLOCK_BYTES
 from splitlearn_core.checkpoint.resume import Checkpointer
 
 _NAMES = ("model", "optimizer")

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from splitlearn_core.checkpoint.adapter_folder import Factors
-from splitlearn_core.checkpoint.adapter_layers import (
+from splitlearn_core.checkpoint.adapters.folder import Factors
+from splitlearn_core.checkpoint.adapters.layers import (
     BASE_LAYER,
     can_have,
     factor_parameters,
@@ -18,7 +18,7 @@ from splitlearn_core.checkpoint.adapter_layers import (
     names_of,
     real_module,
 )
-from splitlearn_core.checkpoint.model_state import modules_of
+from splitlearn_core.checkpoint.models.model_state import modules_of
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.headers import listed
 from splitlearn_core.loading.minimind_files import in_halves

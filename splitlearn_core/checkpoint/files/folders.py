@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from splitlearn_core.checkpoint.disk import Disk
-from splitlearn_core.checkpoint.manifest import MANIFEST_FILE
+from splitlearn_core.checkpoint.files.disk import Disk
+from splitlearn_core.checkpoint.files.manifest import MANIFEST_FILE
 from splitlearn_core.errors import NoCheckpointError
 
 fcntl: Any

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from splitlearn_core.checkpoint.exchange import Ranks
-from splitlearn_core.checkpoint.world import Batches
+from splitlearn_core.checkpoint.training.exchange import Ranks
+from splitlearn_core.checkpoint.training.world import Batches
 from splitlearn_core.errors import CheckpointError, WorldSizeError
 
 T = TypeVar("T")

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import torch
 
-from splitlearn_core.checkpoint.disk import Disk, begin_writeback
-from splitlearn_core.checkpoint.manifest import INSTEAD, FileRecord
+from splitlearn_core.checkpoint.files.disk import Disk, begin_writeback
+from splitlearn_core.checkpoint.files.manifest import INSTEAD, FileRecord
 from splitlearn_core.dtypes import BY_STORED_NAME
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.headers import LENGTH_BYTES, TensorInfo, header_length, listed, parse_header

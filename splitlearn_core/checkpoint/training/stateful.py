@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from splitlearn_core.checkpoint.sampler import ResumableSampler
-from splitlearn_core.checkpoint.shards import is_sharded
-from splitlearn_core.checkpoint.wrappers import unwrapped
+from splitlearn_core.checkpoint.models.wrappers import unwrapped
+from splitlearn_core.checkpoint.training.sampler import ResumableSampler
+from splitlearn_core.checkpoint.training.shards import is_sharded
 from splitlearn_core.dtypes import dtype_name
 from splitlearn_core.errors import CheckpointError, UnsavableStateError
 from splitlearn_core.headers import listed

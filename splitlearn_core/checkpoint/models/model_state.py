@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from splitlearn_core.adapter_layers import refuse_adapters
 from splitlearn_core.causal_lm import SplitCausalLM
-from splitlearn_core.checkpoint.plain_names import plain_name
-from splitlearn_core.checkpoint.wrappers import fsdp1_modules, unwrapped
+from splitlearn_core.checkpoint.models.plain_names import plain_name
+from splitlearn_core.checkpoint.models.wrappers import fsdp1_modules, unwrapped
 from splitlearn_core.errors import PackedWeightsError
 from splitlearn_core.headers import listed
 from splitlearn_core.sharded.gathering import Gathering, can_gather, gathering

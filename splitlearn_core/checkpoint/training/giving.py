@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from splitlearn_core.checkpoint import archive, random_states, shards, stateful
-from splitlearn_core.checkpoint.archive import Archive
-from splitlearn_core.checkpoint.exchange import Ranks
-from splitlearn_core.checkpoint.sampler import ResumableSampler, batches_of, with_batches
-from splitlearn_core.checkpoint.taking import RANDOM, SHARDED, VALUES
-from splitlearn_core.checkpoint.world import Batches, Converted, Progress, convert
+from splitlearn_core.checkpoint.training import archive, random_states, shards, stateful
+from splitlearn_core.checkpoint.training.archive import Archive
+from splitlearn_core.checkpoint.training.exchange import Ranks
+from splitlearn_core.checkpoint.training.sampler import ResumableSampler, batches_of, with_batches
+from splitlearn_core.checkpoint.training.taking import RANDOM, SHARDED, VALUES
+from splitlearn_core.checkpoint.training.world import Batches, Converted, Progress, convert
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.headers import listed
 from splitlearn_core.messages import in_one_line

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from splitlearn_core.atomic_files import replacing, sync
 from splitlearn_core.causal_lm import SplitCausalLM
-from splitlearn_core.checkpoint.parameters import count_parameters
-from splitlearn_core.checkpoint.wrappers import unwrapped
+from splitlearn_core.checkpoint.models.parameters import count_parameters
+from splitlearn_core.checkpoint.models.wrappers import unwrapped
 from splitlearn_core.dtypes import dtype_name
 from splitlearn_core.headers import SINGLE_FILE
 from splitlearn_core.loading.files import ADAPTER_CONFIG_FILE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from splitlearn_core.checkpoint.wrappers import parameters_of
+from splitlearn_core.checkpoint.models.wrappers import parameters_of
 from splitlearn_core.packed_linear import PackedLinear
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from splitlearn_core.checkpoint.wrappers import fsdp1_modules
+from splitlearn_core.checkpoint.models.wrappers import fsdp1_modules
 
 FOLDER = "sharded"
 """Of a checkpoint, for DCP."""

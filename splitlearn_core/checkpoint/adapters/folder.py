@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.atomic_files import replacing, sync
 from splitlearn_core.checkpoint.minimind import hugging_face_name
-from splitlearn_core.checkpoint.plain_names import plain_names
-from splitlearn_core.checkpoint.weights_file import open_weights
+from splitlearn_core.checkpoint.models.plain_names import plain_names
+from splitlearn_core.checkpoint.models.weights_file import open_weights
 from splitlearn_core.errors import CheckpointError, ModelSourceError
 from splitlearn_core.headers import listed
 from splitlearn_core.loading.files import ADAPTER_CONFIG_FILE, TORCH_SUFFIXES, FolderFiles

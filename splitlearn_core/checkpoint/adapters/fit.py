@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from splitlearn_core.checkpoint.adapter_base import AdapterBase
-from splitlearn_core.checkpoint.adapter_folder import Factors, StoredAdapter
-from splitlearn_core.checkpoint.adapter_layers import real_module
+from splitlearn_core.checkpoint.adapters.base import AdapterBase
+from splitlearn_core.checkpoint.adapters.folder import Factors, StoredAdapter
+from splitlearn_core.checkpoint.adapters.layers import real_module
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.headers import listed
 

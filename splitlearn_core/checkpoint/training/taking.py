@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from splitlearn_core.checkpoint import archive, random_states, shards, stateful
-from splitlearn_core.checkpoint.archive import Content
-from splitlearn_core.checkpoint.encoding import encode
-from splitlearn_core.checkpoint.exchange import Ranks
-from splitlearn_core.checkpoint.sampler import ResumableSampler
-from splitlearn_core.checkpoint.world import Batches
+from splitlearn_core.checkpoint.training import archive, random_states, shards, stateful
+from splitlearn_core.checkpoint.training.archive import Content
+from splitlearn_core.checkpoint.training.encoding import encode
+from splitlearn_core.checkpoint.training.exchange import Ranks
+from splitlearn_core.checkpoint.training.sampler import ResumableSampler
+from splitlearn_core.checkpoint.training.world import Batches
 from splitlearn_core.headers import listed
 
 RANDOM, VALUES = "random", "values"

@@ -23,10 +23,9 @@ from typing import Any
 import torch
 from safetensors import torch as safetensors
 
-from splitlearn_core.checkpoint import folders
-from splitlearn_core.checkpoint.encoding import Encoded, decode
-from splitlearn_core.checkpoint.folders import Checkpoint, Unfinished
-from splitlearn_core.checkpoint.hashed_files import (
+from splitlearn_core.checkpoint.files import folders
+from splitlearn_core.checkpoint.files.folders import Checkpoint, Unfinished
+from splitlearn_core.checkpoint.files.hashed_files import (
     Output,
     check_file,
     hash_file,
@@ -35,13 +34,14 @@ from splitlearn_core.checkpoint.hashed_files import (
     write_bytes,
     write_tensor_file,
 )
-from splitlearn_core.checkpoint.manifest import (
+from splitlearn_core.checkpoint.files.manifest import (
     INSTEAD,
     MANIFEST_FILE,
     FileRecord,
     read_manifest,
     to_text,
 )
+from splitlearn_core.checkpoint.training.encoding import Encoded, decode
 from splitlearn_core.errors import CheckpointError, StorageError
 from splitlearn_core.messages import in_one_line
 from splitlearn_core.regular_files import parse_json

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from splitlearn_core.checkpoint.plain_names import plain_name as plain_name  # noqa: PLC0414
+from splitlearn_core.checkpoint.models.plain_names import plain_name as plain_name  # noqa: PLC0414
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

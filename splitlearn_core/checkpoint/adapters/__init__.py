@@ -1,0 +1,1 @@
+"""What adapters go into, and how they lie on disk."""

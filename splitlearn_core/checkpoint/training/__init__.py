@@ -1,0 +1,1 @@
+"""The state of a training run: what it is, and how it is taken and given."""
