@@ -18,6 +18,7 @@ import torch
 from splitlearn_core import SplitModel
 from splitlearn_core.hidden_state import HiddenState
 from splitlearn_core.joined_cache import JoinedCache, joinable, joinable_cache, takes_chunks
+from splitlearn_core.session_attention import attend_in_place
 from splitlearn_manager.client.remote_cache import RemoteStep
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class LocalStage:
         self._can = joinable(part)
         self._last = part.spec.is_last
         self._holds = part.spec.num_layers > 0
+        self._in_place = attend_in_place(part)
 
     def new_cache(self) -> Any:
         """Return an empty cache."""
@@ -118,7 +120,8 @@ class LocalStage:
 
     def _together(self, pairs: Sequence[tuple[Step, PartCache]]) -> bool:
         """Run a batch; `False` if that failed: whose fault it is shows when each runs alone."""
-        joined = JoinedCache([cache for _, cache in pairs]) if self._holds else None
+        caches = [cache for _, cache in pairs]
+        joined = JoinedCache(caches, in_place=self._in_place) if self._holds else None
         try:
             given = HiddenState.joined([step.given for step, _ in pairs], dim=0)
             positions = torch.cat([step.positions() for step, _ in pairs])
