@@ -283,8 +283,7 @@ def merge_lora(model: nn.Module, names: str | Iterable[str] | None = None) -> tu
 
     Raises:
         KeyError: There is no adapter of one of these names.
-        CheckpointError: (a `ValueError`) A merged weight would not be finite: nothing of that
-            module is changed.
+        CheckpointError: (a `ValueError`) A merged weight would not be finite; nothing is changed.
         ValueError: There is nothing to merge, or a module is tied to another, which would change
             with it.
     """
@@ -296,6 +295,7 @@ def merge_lora(model: nn.Module, names: str | Iterable[str] | None = None) -> tu
         raise ValueError("no adapter is active here, so there is nothing to merge")
     for base in bases:
         base.check_untied(merged)
+        base.check_finite(merged)
     for base in bases:
         base.merge(merged)
     return tuple(merged)

@@ -449,6 +449,23 @@ def test_a_tied_head_is_not_merged_into(
         merge_lora(model)
 
 
+def test_what_would_not_be_finite_is_not_merged_at_all(
+    llama: Checkpoint, adapter: tuple[Path, torch.Tensor]
+) -> None:
+    """The last layer's factors overflow: the layers before it must not have been merged."""
+    model = llama.unsplit()
+    load_lora(model, adapter[0])
+    factors = {n: p for n, p in model.named_parameters() if "lora_B" in n}
+    with torch.no_grad():
+        factors[max(factors)].fill_(float("inf"))
+
+    with pytest.raises(CheckpointError, match=r"would not be finite .* nothing was merged"):
+        merge_lora(model)
+
+    remove_lora(model)
+    assert torch.equal(logits(model), logits(llama.unsplit()))
+
+
 def test_a_full_disk_leaves_the_adapter_that_was_there(
     llama: Checkpoint, adapter: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

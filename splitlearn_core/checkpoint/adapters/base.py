@@ -172,6 +172,21 @@ class AdapterBase:
             self._put(path, real_module(layer))
         self._forget({})
 
+    def check_finite(self, names: list[str]) -> None:
+        """Refuse to merge what would give a weight that is not finite, before any is changed."""
+        for path, layer in self.linears.items():
+            if not is_layer(layer):
+                continue
+            merged = real_module(layer).weight.detach()
+            for name in names:
+                if name in names_of(layer):
+                    merged = merged + layer.get_delta_weight(name).detach().to(merged.dtype)
+            if not torch.isfinite(merged).all():
+                raise CheckpointError(
+                    f"{path}: with {listed(names)} merged its weight would not be finite (NaN or"
+                    " infinite), so nothing was merged; remove_lora takes the adapter away"
+                )
+
     def check_untied(self, names: list[str]) -> None:
         """Refuse to merge into a weight that another module has as well."""
         users: dict[int, list[str]] = {}
