@@ -226,6 +226,22 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
             self.observer(part, time.perf_counter() - start)
         return result
 
+    def prepare_inputs_for_generation(
+        self, *args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Return what a step is called with, the mask included.
+
+        Mamba's own leaves the mask out after the first step.  A part that is elsewhere was told of
+        it, and would take a step without one for a change.
+        """
+        own: Any = super()
+        inputs: dict[str, Any] = own.prepare_inputs_for_generation(
+            *args, attention_mask=attention_mask, **kwargs
+        )
+        if "attention_mask" in inputs and inputs["attention_mask"] is None:
+            inputs["attention_mask"] = attention_mask
+        return inputs
+
     def _prepare_cache_for_generation(  # type: ignore[override]  # theirs says bool, returns None
         self,
         generation_config: GenerationConfig,

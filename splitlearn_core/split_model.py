@@ -237,7 +237,7 @@ class SplitModel(nn.Module):
             kwargs.pop("logits_to_keep", None)
         device = self.device  # found anew each time, which takes a while
         arguments = {
-            "attention_mask": _brought(attention_mask, device),
+            "attention_mask": _brought(self._mask_taken(attention_mask, inputs), device),
             "position_ids": _brought(position_ids, device),
             self._family.cache_argument: past_key_values,
             **kwargs,
@@ -246,9 +246,19 @@ class SplitModel(nn.Module):
             arguments["use_cache"] = past_key_values is not None or use_cache
         output = self._run(_brought(inputs, device), arguments)
         if isinstance(past_key_values, PartCache):
-            new = inputs.new if isinstance(inputs, HiddenState) else inputs.shape[1]
-            past_key_values.advance_ghosts(new)
+            past_key_values.advance_ghosts(_new_of(inputs))
         return output
+
+    def _mask_taken(
+        self, mask: torch.Tensor | None, inputs: torch.Tensor | HiddenState
+    ) -> torch.Tensor | None:
+        """Return the mask as the architecture takes it.
+
+        Where no layer attends, it is multiplied with the new positions, and has their columns only.
+        """
+        if mask is None or not self._family.masks_new_only:
+            return mask
+        return mask[..., -_new_of(inputs) :]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write this part as a folder: config, safetensors, and a manifest with their hashes.
@@ -396,6 +406,11 @@ class SplitModel(nn.Module):
             return {"input_ids": torch.zeros(batch, new, dtype=torch.long, device=given.device)}
         width = self._passage.embedding_width
         return {"inputs_embeds": torch.zeros(batch, new, width, dtype=dtype, device=given.device)}
+
+
+def _new_of(inputs: torch.Tensor | HiddenState) -> int:
+    """Return how many positions are given."""
+    return inputs.new if isinstance(inputs, HiddenState) else inputs.shape[1]
 
 
 def _brought(value: Any, device: torch.device) -> Any:

@@ -83,6 +83,14 @@ class Family:
     hidden_dtype_switch: str = ""
     side: tuple[SideValue, ...] = ()
 
+    @property
+    def masks_new_only(self) -> bool:
+        """Whether the forward takes the mask of the new positions alone: no layer attends.
+
+        transformers calls the cache of such models `cache_params`.
+        """
+        return self.cache_argument == "cache_params"
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Family:
         """Return the family that a JSON object describes."""

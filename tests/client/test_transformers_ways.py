@@ -27,8 +27,9 @@ from splitlearn_core.quickstart import load_full_model, load_tokenizer
 from splitlearn_manager import ModelConfig, ServerConfig
 from splitlearn_manager.client import connect
 from splitlearn_manager.config import DaemonConfig
+from splitlearn_manager.config.server_config import ManagerLimits
 
-TYPES = ["gpt2", "qwen2", "gemma3_text", "bamba"]
+TYPES = ["gpt2", "qwen2", "gemma3_text", "bamba", "mamba"]
 POINTS = [2, 4]
 PROMPT = "The function returns"
 CHAT = [{"role": "user", "content": "What is a list?"}]
@@ -77,7 +78,9 @@ def url(folders: dict[str, Path]) -> Iterator[str]:
     models.append(ModelConfig("demo", "builtin:demo", dtype="float32", config=part))
     # one row after the other: the last bits depend on who else is in a forward
     server = ServerConfig(port=0, max_batch_size=16)
-    with daemon_in_thread(DaemonConfig(server=server, models=tuple(models))) as daemon:
+    manager = ManagerLimits(max_models=len(models))
+    config = DaemonConfig(server=server, manager=manager, models=tuple(models))
+    with daemon_in_thread(config) as daemon:
         yield daemon.url
 
 
@@ -180,6 +183,8 @@ WAYS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_it_generates_what_the_unsplit_model_does(pair: Pair, way: str) -> None:
+    if way == "turns" and pair.whole.config.model_type == "mamba":
+        pytest.skip("transformers can't go on from a cache that counts no positions")
     expected, found = pair.both(WAYS[way])
 
     assert equal(found, expected)
@@ -188,7 +193,7 @@ def test_it_generates_what_the_unsplit_model_does(pair: Pair, way: str) -> None:
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("way", ["prompt lookup", "assistant"])
 def test_speculation_is_equal_too(pair: Pair, way: str, sampled: bool) -> None:
-    if pair.whole.config.model_type == "bamba":
+    if pair.whole.config.model_type in {"bamba", "mamba"}:
         pytest.skip("transformers can't take back recurrent states")
     helper = copy.deepcopy(pair.whole)
     generator = torch.Generator().manual_seed(1)
