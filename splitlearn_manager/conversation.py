@@ -209,14 +209,14 @@ class Conversation:
         cache = self._cache
         if cache is None:
             return None
-        held = int(cache.get_seq_length())
-        same = _common(self._ids[:held], ids)
-        same = min(same, len(ids) - 1)  # something must be left to compute
         try:
+            held = int(cache.get_seq_length())
+            same = _common(self._ids[:held], ids)
+            same = min(same, len(ids) - 1)  # something must be left to compute
             if same < held:
                 cache.crop(same - held)
         except (AttributeError, NotImplementedError, RuntimeError, ValueError):
-            return None  # it can't be put back
+            return None  # it can't be put back, or does not count its positions (Mamba)
         return cache
 
 

@@ -249,17 +249,22 @@ def test_a_stop_string_is_never_written(pieces: list[str], written: str) -> None
     assert "".join(out) == written
 
 
-@pytest.mark.parametrize("model_type", ["mamba", "bamba", "mistral"])
-def test_caches_that_can_not_be_put_back(model_type: str, tmp_path: Path) -> None:
-    """All is computed anew then, and the answers are the same as ever."""
+def save_plain_model(model_type: str, folder: Path) -> None:
+    """Write a tiny model, and a tokenizer without a chat template."""
     torch.manual_seed(0)
     config = tiny_config(model_type)
     config.vocab_size = 4096
     config.eos_token_id = config.pad_token_id = None
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer = load_tokenizer("builtin:demo")
     tokenizer.chat_template = None
-    tokenizer.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "bamba", "mistral"])
+def test_caches_that_can_not_be_put_back(model_type: str, tmp_path: Path) -> None:
+    """All is computed anew then, and the answers are the same as ever."""
+    save_plain_model(model_type, tmp_path)
     model = open_language_model(DaemonConfig(), ModelConfig("other", str(tmp_path)))
     talk = Conversation(model, GenerateOptions(max_new_tokens=6))
     assert not talk.has_template
@@ -267,3 +272,20 @@ def test_caches_that_can_not_be_put_back(model_type: str, tmp_path: Path) -> Non
         talk.answer(text)
 
     assert talk.messages[-1].content == unsplit_answer(model, talk.messages[:-1], 6)
+
+
+def test_a_trunk_elsewhere_whose_cache_does_not_count(tmp_path: Path) -> None:
+    save_plain_model("mamba", tmp_path)
+    part = {"component": "trunk", "split_points": [2, 4]}
+    served = ModelConfig("trunk", str(tmp_path), config=part)
+    greedy = GenerateOptions(max_new_tokens=6)
+    with daemon_in_thread(DaemonConfig(server=ServerConfig(port=0), models=(served,))) as daemon:
+        options = {"split_points": [2, 4], "trunk": daemon.url}
+        config = ModelConfig("other", str(tmp_path), model_type="pipeline", config=options)
+        with open_language_model(DaemonConfig(), config) as model:
+            talk = Conversation(model, greedy)
+            for text in TURNS:
+                talk.answer(text)
+
+    whole = open_language_model(DaemonConfig(), ModelConfig("other", str(tmp_path)))
+    assert talk.messages[-1].content == unsplit_answer(whole, talk.messages[:-1], 6)
