@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,7 @@ from failover.campaign import Campaign
 from failover.places import Places
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from splitlearn_core.quickstart import load_full_model
+from splitlearn_core.quickstart import load_full_model, load_tokenizer
 from splitlearn_manager import ModelConfig
 from splitlearn_manager.client.pipeline import load_pipeline
 
@@ -80,3 +84,34 @@ def test_a_pipeline_goes_on_at_its_next_address_and_says_where(
     assert torch.equal(found, whole.generate(ids, **how))
     assert pipeline.trunks[0].url == places.urls[1]
     assert f"connection to {places.urls[0]} lost; going on at {places.urls[1]}" in caplog.text
+
+
+def test_the_command_goes_on_too_at_the_restarted_server(places: Places) -> None:
+    places.start(0)
+    url, prompt = places.urls[0], "The function returns"
+    arguments = ["--trunk", url, "--prompt", prompt, "--max-new-tokens", "40"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "splitlearn_manager", "generate", "builtin:demo", *arguments],
+        bufsize=0,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        assert process.stdout is not None
+        begun = b""
+        while len(begun) <= len(prompt):
+            begun += process.stdout.read(100)
+        process.send_signal(signal.SIGSTOP)  # so that it can't end before its server does
+        places.kill(0)
+        places.start(0)
+        process.send_signal(signal.SIGCONT)
+        rest, told = process.communicate()
+
+    whole, _ = load_full_model("builtin:demo", dtype="float32")
+    tokenizer = load_tokenizer("builtin:demo")
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    made = whole.generate(ids, max_new_tokens=40, do_sample=False)
+    assert process.returncode == 0, told.decode()
+    expected = tokenizer.decode(made[0], skip_special_tokens=True)
+    assert (begun + rest).decode().strip() == expected.strip()
+    assert f"{url} lost; going on at {url}" in told.decode()
