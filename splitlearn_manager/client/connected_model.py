@@ -170,4 +170,10 @@ def links_of(
         raise ValueError("trunk_model_id belongs into each item of chain, beside its trunk")
     if not chain or isinstance(chain, str):
         raise ValueError("chain must be a list with a trunk and a trunk_model_id for each Trunk")
+    for number, item in enumerate(chain):
+        if isinstance(item, str):
+            raise ValueError(  # noqa: TRY004 - as all else that is wrong here
+                f"chain[{number}] must have a trunk and a trunk_model_id, found {item!r}; several"
+                " addresses of one and the same Trunk are given as trunk"
+            )
     return tuple(item if isinstance(item, TrunkLink) else build(TrunkLink, item) for item in chain)

@@ -151,6 +151,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "belongs into each item of chain",
     ),
     "an empty chain": ({"chain": []}, "chain must be a list"),
+    "addresses as a chain": ({"chain": ["URL", "URL"]}, r"chain\[0\] must have a trunk"),
     "no address": ({"trunk": "localhost:8000"}, "must be an address such as http://host:8000"),
     "an unknown key": ({"chain": [{"trunk": "URL", "id": "x"}]}, "unknown key"),
     "dtype": ({"trunk": "URL", "dtype": "int4"}, "int4"),
