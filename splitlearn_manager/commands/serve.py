@@ -178,17 +178,19 @@ def _serve_model(model: str, settings: dict[str, Any]) -> None:
     config = DaemonConfig.from_dict(settings)
     check_shapes_of(config.models, None)
 
+    from splitlearn_core.part_folder import MANIFEST_FILE  # noqa: PLC0415 - needs torch
     from splitlearn_manager.preflight import check_checkpoints  # noqa: PLC0415
     from splitlearn_manager.server.daemon import run  # noqa: PLC0415 - needs torch
 
     check_checkpoints(config.models, None)
     names = ", ".join(m.model_id for m in config.models)
-    hint = f"splitlearn: serving {names} of {model}"
+    hint = f"splitlearn: to serve {names} of {model}"
     if config.server.port and all(m.part.component != FULL for m in config.models):
         scheme, host = "http", config.server.host
         here = "127.0.0.1" if host in {"0.0.0.0", "::"} else host  # noqa: S104 - compared
         address = f"{scheme}://{f'[{here}]' if ':' in here else here}:{config.server.port}"
-        hint += f"; to chat: splitlearn chat {shlex.quote(model)} --trunk {address}"
+        whole = "MODEL" if (Path(model) / MANIFEST_FILE).is_file() else shlex.quote(model)
+        hint += f"; to chat, once it is ready: splitlearn chat {whole} --trunk {address}"
     sys.stderr.write(f"{hint}\n")
     _end_process(run(config))
 
