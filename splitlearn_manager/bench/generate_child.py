@@ -119,7 +119,9 @@ def _turned(names: list[str], number: int) -> list[str]:
     return names[start:] + names[:start]
 
 
-def _generate(model: Any, ids: torch.Tensor, new: int) -> tuple[list[float], list[int]]:
+def _generate(
+    model: Any, ids: torch.Tensor, new: int, **cache: Any
+) -> tuple[list[float], list[int]]:
     """Generate greedily; return the seconds in all, to the first token and of CPU, and the tokens.
 
     Those of CPU are this process' alone.
@@ -134,6 +136,7 @@ def _generate(model: Any, ids: torch.Tensor, new: int) -> tuple[list[float], lis
         do_sample=False,
         pad_token_id=0,
         streamer=clock,
+        **cache,
     )
     computed = time.process_time() - computing
     times = [time.perf_counter() - start, clock.times[1] - start, computed]
@@ -145,7 +148,9 @@ def _bytes_of_a_token(model: Any, proxy: DelayingProxy, ids: torch.Tensor, new: 
     passed = []
     for tokens in (1, new):  # both send the prompt, open a session and close it
         before = proxy.bytes_passed
-        _generate(model, ids, tokens)
+        cache = model.new_cache()
+        _generate(model, ids, tokens, past_key_values=cache)
+        cache.close()  # else it would be closed at some time during the other
         passed.append(proxy.bytes_passed - before)
     return (passed[1] - passed[0]) / (new - 1)
 

@@ -170,7 +170,9 @@ async def test_limits_hold_from_the_next_load_on(
     manager.set_limits(**{**LIMITS, "max_models": 1, "eviction": True})
     await manager.load_model(model_config("b"))
 
-    assert [model.model_id for model in await manager.list_models()] == ["b"]
+    # The one that made room may still be waiting for its memory to be back.
+    found = await manager.list_models()
+    assert [m.model_id for m in found if m.status is not ModelStatus.UNLOADING] == ["b"]
     with pytest.raises(ValueError, match="at least 1"):
         manager.set_limits(**{**LIMITS, "max_models": 0})
     with pytest.raises(ValueError, match="negative"):
