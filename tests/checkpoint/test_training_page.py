@@ -46,10 +46,10 @@ def test_the_samples_and_every_row_run(place: Path, capsys: pytest.CaptureFixtur
 
     assert len(rows) >= 12
     printed = capsys.readouterr().out
-    assert printed.startswith("60 Batches(batch_size=4, accumulation=2, world_size=1) ()")
+    assert printed.startswith("64 Batches(batch_size=4, accumulation=2, world_size=1) ()")
     assert "0 6000 abc123" in printed
     assert len(list((place / "runs" / "a").glob("0*"))) == 3
-    assert space["sampler"].epoch == 0  # of the checkpoint that the page loads last
+    assert space["sampler"].epoch == 1  # of the checkpoint that the page loads last
 
 
 def test_the_tree_is_that_of_a_checkpoint(place: Path) -> None:

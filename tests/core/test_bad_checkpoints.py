@@ -483,11 +483,19 @@ def test_a_compressed_torch_file(tmp_path: Path) -> None:
         read_torch_file(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"PK\x03\x04" + bytes(100), b"\x80\x02."])
-def test_torch_files_that_are_cut_off(content: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "is empty: it has 0 bytes"),
+        (b"PK\x03\x04", "is cut off or damaged"),
+        (b"PK\x03\x04" + bytes(100), "is cut off or damaged"),
+        (b"\x80\x02.", "is not a plain state dict"),
+    ],
+)
+def test_torch_files_that_are_cut_off(content: bytes, problem: str, tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(content)
 
-    with pytest.raises(CheckpointError, match=r"model\.bin is not a plain state dict"):
+    with pytest.raises(CheckpointError, match=rf"model\.bin {problem}"):
         read_torch_file(tmp_path / "model.bin")
 
 
