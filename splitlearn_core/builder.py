@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from splitlearn_core.dtypes import dtype_name
 from splitlearn_core.families import family_of
+from splitlearn_core.huge_pages import collapse
 from splitlearn_core.loading.materialize import Placement, materialize, plan_reads
 from splitlearn_core.loading.names import map_names
 from splitlearn_core.loading.packing import plan_packing
@@ -188,4 +189,6 @@ def build_part(
         part.note_packing(packing)
         return_freed_memory()
         logger.info("%s of %s, %s", spec.name, checkpoint, packing)
+    if packing is not None or any(recipe.converter for recipe in blueprint.reads.recipes.values()):
+        collapse()  # what kernels have packed, and converters made, is where they had it
     return part

@@ -22,6 +22,7 @@ from torch import nn
 from splitlearn_core.dtypes import dtype_name
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.headers import listed
+from splitlearn_core.huge_pages import HugeArena
 from splitlearn_core.loading.ahead import ahead
 from splitlearn_core.loading.conversion import check_conversions, convert
 from splitlearn_core.loading.packing import Packer
@@ -252,12 +253,19 @@ def _jobs(
 ) -> Iterator[Callable[[], torch.Tensor]]:
     """Open stored tensors one by one, and yield what brings each where it is wanted.
 
-    Those in `passing` are dropped again soon, and need no copy of their own.
+    Those in `passing` are dropped again soon: they need no copy of their own, and where they must
+    be cast, that has memory of its own, so that it leaves no holes between what stays.
     """
+    arena = HugeArena()
     for name in names:
-        dtype = reads.stored[name].final_dtype
-        private = not placement.maps and name not in passing
-        place = partial(_place, device=placement.device, dtype=dtype, private=private)
+        stays = name not in passing
+        place = partial(
+            _place,
+            device=placement.device,
+            dtype=reads.stored[name].final_dtype,
+            private=stays and not placement.maps,
+            arena=arena if stays else HugeArena(),
+        )
         yield partial(_bring, source, source.read(name), place)
 
 
@@ -285,12 +293,19 @@ def _bring(
 
 
 def _place(
-    tensor: torch.Tensor, device: torch.device, dtype: torch.dtype, *, private: bool
+    tensor: torch.Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    private: bool,
+    arena: HugeArena,
 ) -> torch.Tensor:
     """Return `tensor` where and how it is wanted."""
-    moved = tensor.to(device=device, dtype=dtype)
-    is_view = moved.data_ptr() == tensor.data_ptr()
-    return moved.clone() if is_view and private else moved
+    if device.type != "cpu":
+        return tensor.to(device=device, dtype=dtype)
+    if private or tensor.dtype != dtype:
+        return arena.empty(tensor.shape, dtype).copy_(tensor)
+    return tensor
 
 
 def _assign(part: nn.Module, target: str, value: torch.Tensor) -> None:

@@ -6,12 +6,13 @@ as long as to copy.  On Linux it is asked for in large pages, which are found fa
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
 
 import torch
+
+from splitlearn_core.huge_pages import huge_empty
 
 # What one thread copies at a time.
 _PIECE_BYTES = 16 * 1024 * 1024
@@ -64,7 +65,7 @@ class Snapshot:
     def _make_room(self, nbytes: int) -> None:
         if nbytes > self._room.numel():
             self.release()  # before the new is there, not after
-            self._room = _large(nbytes)
+            self._room = huge_empty(nbytes)
 
     def _places(self, tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Yield the place of each tensor."""
@@ -95,15 +96,6 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
 
 def _padded(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-
-
-def _large(nbytes: int) -> torch.Tensor:
-    """Return bytes without a value, which go back to the system when they are dropped."""
-    if not (hasattr(mmap, "MAP_PRIVATE") and hasattr(mmap, "MADV_HUGEPAGE")):
-        return torch.empty(nbytes, dtype=torch.uint8)
-    block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    block.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(block, dtype=torch.uint8)
 
 
 def threads() -> int:

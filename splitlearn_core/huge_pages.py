@@ -1,0 +1,163 @@
+"""Memory for weights in the largest pages that the system has.
+
+A forward reads every weight once.  With pages of 4 KiB the processor has to look up where 512 of
+them lie for what is one page of 2 MiB, and where it runs in a virtual machine each look-up is
+several.  `splitlearn bench quantization` says what that makes on a machine: nothing changes but the
+time.
+
+Transparent huge pages are asked for with madvise(2), as `transparent_hugepage/enabled` allows by
+default.  Where there are none, memory is what it would have been.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HUGE = 2 << 20
+"""Bytes of a huge page on x86-64, and on ARM with pages of 4 KiB."""
+
+_CHUNK = 32 << 20
+_ALIGNMENT = 64
+_ENOUGH = 0.75
+_COLLAPSE = 25
+"""MADV_COLLAPSE of Linux 6.1, which Python has no name for."""
+
+_CAN = all(hasattr(mmap, name) for name in ("MAP_ANONYMOUS", "MADV_HUGEPAGE"))
+_MAPS = Path("/proc/self/maps")
+
+
+class HugeArena:
+    """Gives memory for the tensors of one part, one after the other, out of huge pages.
+
+    Tensors lie side by side in mappings of some 32 MiB, so that no more than one page is left
+    unused in each; a mapping goes back to the system with the last tensor on it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._chunk: mmap.mmap | None = None
+        self._used = 0
+
+    def empty(self, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """Return a contiguous tensor of zeros on the CPU; from any thread.
+
+        Raises:
+            MemoryError: The system has no room for it.
+        """
+        nbytes = math.prod(shape) * dtype.itemsize
+        if not _CAN or not nbytes:
+            return torch.empty(shape, dtype=dtype)
+        with self._lock:
+            chunk, offset = self._take(nbytes)
+        count = nbytes // dtype.itemsize
+        return torch.frombuffer(chunk, dtype=dtype, count=count, offset=offset).view(shape)
+
+    def _take(self, nbytes: int) -> tuple[mmap.mmap, int]:
+        """Return a mapping, and where in it there is room."""
+        if self._chunk is None or self._used + nbytes > len(self._chunk):
+            self._chunk = _mapped(max(nbytes + HUGE, _CHUNK + HUGE))
+            self._used = -_address(self._chunk) % HUGE
+        offset = self._used
+        self._used += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        return self._chunk, offset
+
+
+def huge_empty(nbytes: int) -> torch.Tensor:
+    """Return bytes without a value, which go back to the system when they are dropped.
+
+    Raises:
+        MemoryError: The system has no room for them.
+    """
+    if not _CAN or not nbytes:
+        return torch.empty(nbytes, dtype=torch.uint8)
+    return torch.frombuffer(_mapped(nbytes), dtype=torch.uint8)
+
+
+def collapse() -> int:
+    """Move what this process has in small pages into huge ones, where these are nearly full.
+
+    For memory that other libraries have taken: it stays at its addresses.  Holes of up to a quarter
+    of a huge page are filled, which the C library uses for what comes next.  Memory that was set
+    apart for small pages (MADV_NOHUGEPAGE) is left alone.  Takes as long as copying it.
+
+    Returns:
+        Bytes that are in huge pages now of those that were looked at; 0 where the system can't.
+    """
+    if not _CAN or not _MAPS.exists():
+        return 0
+    return sum(
+        len(pages)
+        for span in _anonymous()
+        for pages in _resident(span)
+        if not _libc().madvise(pages.start, len(pages), _COLLAPSE)
+    )
+
+
+def _mapped(nbytes: int) -> mmap.mmap:
+    """Map anonymous memory, in huge pages where there are any."""
+    try:
+        mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"the system has no {nbytes:,} bytes of memory: {error}") from error
+    with suppress(OSError):  # a kernel without them
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return mapping
+
+
+def _address(mapping: mmap.mmap) -> int:
+    return torch.frombuffer(mapping, dtype=torch.uint8, count=1).data_ptr()
+
+
+def _anonymous() -> Iterator[range]:
+    """Yield the whole huge pages of each private mapping that is of no file: proc_pid_maps(5)."""
+    for line in _MAPS.read_text("utf-8", "replace").splitlines():
+        addresses, permissions, _, _, inode, *name = line.split(maxsplit=5)
+        if permissions != "rw-p" or inode != "0" or name not in ([], ["[heap]"]):
+            continue
+        first, end = (int(address, 16) for address in addresses.split("-"))
+        start = -(-first // HUGE) * HUGE
+        if start + HUGE <= end:
+            yield range(start, end // HUGE * HUGE)
+
+
+def _resident(span: range) -> Iterator[range]:
+    """Yield the stretches of huge pages that are in memory, but for small holes: mincore(2)."""
+    small = HUGE // mmap.PAGESIZE
+    states = (ctypes.c_ubyte * (len(span) // mmap.PAGESIZE))()
+    if _libc().mincore(span.start, len(span), states):
+        return  # it has gone meanwhile
+    present = bytes(states).translate(_LOWEST_BIT)
+    start: int | None = None
+    for number in range(len(span) // HUGE):
+        if present.count(1, number * small, (number + 1) * small) >= small * _ENOUGH:
+            start = number if start is None else start
+        elif start is not None:
+            yield range(span.start + start * HUGE, span.start + number * HUGE)
+            start = None
+    if start is not None:
+        yield range(span.start + start * HUGE, span.stop)
+
+
+_LOWEST_BIT = bytes(number & 1 for number in range(256))
+"""mincore(2) defines no other."""
+
+
+@cache
+def _libc() -> Any:
+    """Return the C library; what is called by way of ctypes runs without the interpreter's lock."""
+    library = ctypes.CDLL(None)
+    library.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    library.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+    return library
