@@ -174,6 +174,7 @@ def materialize(
             done += sum(reads.stored[name].nbytes for name in recipe.stored)
     _tie(part, reads)
     initialise_buffers(part, placement.device, _absent_twins(part, reads))
+    packer.finish(part)
     if progress is not None:
         progress(reads.nbytes, reads.nbytes)
 

@@ -1,10 +1,11 @@
 """Packing linear layers while a part's weights come in, one after the other.
 
 Packed are the `nn.Linear` (and Falcon's, which computes the same) and `Conv1D` (GPT-2's, a linear
-with its weight the other way round) in the part's own layers, and the head, where it is one of them
-and shares its weight with nothing: at the end of a small model it is the largest of all.  A tied
-head stays, as does the embedding that it is tied to.  So do fused experts, which are no linear
-layers, other subclasses, and layers whose weight the architecture's own code looks into.
+with its weight the other way round) in the part's own layers, and the head, where it is one of
+them: at the end of a small model it is the largest of all.  A head that is tied to the embedding
+gets a packed weight besides, once the architecture has done to it what it does to the embedding,
+which stays as it is.  So do fused experts, which are no linear layers, other subclasses, layers
+that share their weight, and those whose weight the architecture's own code looks into.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ class PackedLayer:
         dtype: Of the weight before it is packed, and of activations.
         quantization: How it is packed.
         tensors: The part's names of what it needs: weight, and bias if there is one.
+        waits: Whether it is packed after everything else.
     """
 
     kind: str
@@ -58,6 +60,7 @@ class PackedLayer:
     dtype: torch.dtype
     quantization: str
     tensors: frozenset[str]
+    waits: bool = False
 
     @property
     def is_transposed(self) -> bool:
@@ -124,10 +127,12 @@ def plan_packing(
     layers: dict[str, PackedLayer] = {}
     left: Counter[str] = Counter()
     shared = _shared(reads)
+    head = model.get_output_embeddings()
     for path, module in _candidates(model, family, spec):
-        why = _why_not(model, path, module, reads, shared)
+        tied = f"{path}.weight" in shared
+        why = _why_not(model, path, module, reads, tied=tied and module is not head)
         if why is None:
-            layers[path] = _layer(path, module, reads, placement)
+            layers[path] = replace(_layer(path, module, reads, placement), waits=tied)
         elif why:
             left[why] += 1
     for dtype in {layer.dtype for layer in layers.values()}:
@@ -136,7 +141,7 @@ def plan_packing(
 
 
 class Packer:
-    """Packs each layer as soon as its tensors are there.
+    """Packs each layer as soon as its tensors are there, but for those that wait for the rest.
 
     Args:
         plan: What is packed.
@@ -158,8 +163,18 @@ class Packer:
         if missing is None:
             return
         missing.discard(target)
-        if not missing:
+        if not missing and not self._layers[path].waits:
             del self._missing[path]
+            _pack(part, path, self._layers[path])
+
+    def finish(self, part: nn.Module) -> None:
+        """Pack what has waited: everything else of `part` is as it will be.
+
+        Raises:
+            QuantizationError: As `arrived`.
+        """
+        while self._missing:
+            path, _ = self._missing.popitem()
             _pack(part, path, self._layers[path])
 
 
@@ -191,7 +206,7 @@ def _candidates(
 
 
 def _why_not(
-    model: PreTrainedModel, path: str, module: nn.Module, reads: PartReads, shared: set[str]
+    model: PreTrainedModel, path: str, module: nn.Module, reads: PartReads, *, tied: bool
 ) -> str | None:
     """Return `None` for what is packed, else its kind and why not; nothing if it has no matrix."""
     own = module.named_parameters(recurse=False)
@@ -200,7 +215,7 @@ def _why_not(
     kind = type(module).__name__
     if not _is_linear(type(module)) or f"{path}.weight" not in reads.recipes:
         return kind
-    if f"{path}.weight" in shared:
+    if tied:
         return f"{kind} (tied)"
     if _is_looked_into(model, path):
         return f"{kind} (its weight is used by itself)"
