@@ -56,7 +56,10 @@ def return_freed_memory() -> bool:
 # mallopt(3); a threshold that is set stays, else glibc raises both with each large block freed
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
-_MMAP_THRESHOLD = 1 << 20
+_M_ARENA_MAX = -8
+_LARGE_BLOCK = 1 << 20
+_LARGEST_KEPT = 32 << 20
+"""The most that glibc takes for this."""
 _TRIM_THRESHOLD = 64 << 20
 _SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
@@ -64,14 +67,39 @@ _SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 def map_large_blocks() -> bool:
     """Let glibc map each block of 1 MiB or more for itself, in the whole process.
 
-    Such a block goes back to the system when it is freed.  Left alone, glibc maps ever larger
-    blocks only, and a tensor at the end of a thread's arena stays, even when memory is trimmed:
-    loading and unloading a part again and again leaves some tens of MB behind, now more, now less.
+    Such a block goes back to the system when it is freed, and the next one is found page by page.
+    For work in which what is held at any time matters more than time.
 
     Returns:
         Whether that was done: not where there is no glibc, or its settings come from the
         environment.
     """
+    return _set_malloc({_M_MMAP_THRESHOLD: _LARGE_BLOCK, _M_TRIM_THRESHOLD: _TRIM_THRESHOLD})
+
+
+def keep_freed_blocks() -> bool:
+    """Let glibc keep what a forward has freed for the next one, in the whole process.
+
+    What a forward takes and frees again, in blocks of some MB, is then found without the system,
+    which takes longer to find and clear a page than a layer does to fill it.  All threads share one
+    arena, as far as none has another by now: what is left free in it goes back as a whole with
+    `return_freed_memory`, while in a thread's own the last block in use keeps all before it.
+    Blocks above 32 MiB, such as large weights, still go back at once.
+
+    Returns:
+        As `map_large_blocks`.
+    """
+    return _set_malloc(
+        {
+            _M_ARENA_MAX: 1,
+            _M_MMAP_THRESHOLD: _LARGEST_KEPT,
+            _M_TRIM_THRESHOLD: _TRIM_THRESHOLD,
+        }
+    )
+
+
+def _set_malloc(settings: dict[int, int]) -> bool:
+    """Set parameters of glibc's malloc, unless the environment has set some."""
     if any(name in os.environ for name in _SETTINGS):
         return False
     if "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
@@ -79,8 +107,7 @@ def map_large_blocks() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is None:
         return False
-    done = mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
-    return bool(done and mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD))
+    return all(mallopt(name, value) for name, value in settings.items())
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import logging
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
 
-from splitlearn_core.machine import map_large_blocks
+from splitlearn_core.machine import keep_freed_blocks
 from splitlearn_manager.core.admission import Admission
 from splitlearn_manager.core.doorbell import in_loop
 from splitlearn_manager.core.entries import AsyncManagedModel, FailedEntry, LoadingPlaceholder
@@ -107,8 +107,8 @@ class AsyncModelManager:
         on_failed_reload: Likewise, with every `ReloadFailedEvent`.
 
     Making a manager imports torch and sets its threads, once, before any of them runs; with
-    `single_threaded=False` and no `num_threads` it does neither.  It also has the C library give
-    large blocks back to the system as they are freed (`splitlearn_core.machine.map_large_blocks`).
+    `single_threaded=False` and no `num_threads` it does neither.  It also has the C library keep
+    what forwards free for the next ones (`splitlearn_core.machine.keep_freed_blocks`).
     """
 
     def __init__(
@@ -127,8 +127,8 @@ class AsyncModelManager:
     ) -> None:
         if max_models < 1:
             raise ValueError(f"max_models must be at least 1, found {max_models}")
+        keep_freed_blocks()  # first: threads that start have an arena of their own
         _configure_threads(single_threaded, num_threads)
-        map_large_blocks()
         self.resource_manager = ResourceManager() if resource_manager is None else resource_manager
         self.max_models = max_models
         self.loader: Loader = ModelLoader() if loader is None else loader

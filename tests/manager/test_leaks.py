@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 from leaks import Cycle, cycles, wrong_with
 
-from splitlearn_core.machine import map_large_blocks
+from splitlearn_core.machine import keep_freed_blocks, map_large_blocks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,9 +52,21 @@ def test_what_the_environment_says_of_the_allocator_holds(
     monkeypatch.setenv(name, value)
 
     assert map_large_blocks() is False
+    assert keep_freed_blocks() is False
 
 
 def test_without_glibc_nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctypes.CDLL", lambda _: object())
 
     assert map_large_blocks() is False
+    assert keep_freed_blocks() is False
+
+
+def test_both_ways_are_known_to_glibc() -> None:
+    script = "from splitlearn_core.machine import *; print(map_large_blocks(), keep_freed_blocks())"
+    said = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+
+    glibc = platform.libc_ver()[0] == "glibc"
+    assert said.stdout.split() == [str(glibc)] * 2

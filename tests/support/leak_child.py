@@ -67,5 +67,5 @@ if __name__ == "__main__":
     if "no-trim" in sys.argv[3:]:
         disposal.return_freed_memory = lambda: False
     if "no-threshold" in sys.argv[3:]:
-        async_model_manager.map_large_blocks = lambda: False
+        async_model_manager.keep_freed_blocks = lambda: False
     asyncio.run(main(sys.argv[1], int(sys.argv[2])))
