@@ -15,9 +15,9 @@ from __future__ import annotations
 import json
 import reprlib
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from splitlearn_manager.generation.errors import BadRequestError, UnsupportedError
 from splitlearn_manager.generation.sampling import Sampling
@@ -147,11 +147,21 @@ class _TextPart(_Strict):
     text: str
 
 
+_SPEAKERS = ("system", "developer", "user")
+"""Whose messages are nothing without text; an assistant's may be calls of tools alone."""
+
+
 class _Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
     role: Annotated[str, Field(min_length=1)]
     content: str | list[_TextPart] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.content is None and self.role in _SPEAKERS:
+            raise ValueError(f"a message of role {self.role!r} needs content")
+        return self
 
     def plain(self) -> dict[str, Any]:
         """Return it as chat templates take it: the parts of a text as one."""

@@ -463,6 +463,7 @@ def test_a_request_that_is_wrong(
     ("change", "param"),
     [
         ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
