@@ -77,3 +77,4 @@ class ShuttingDownError(InferError, RuntimeError):
 
     http_status = 503
     code = "draining"
+    retry_after = 1
