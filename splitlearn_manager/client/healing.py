@@ -149,8 +149,7 @@ class Healer:
             if pause is None:
                 break
             if rounds == 1:
-                text = "%s; trying to go on, for up to %g s"
-                logger.warning(text, str(left[0].failure), incident.budget)
+                logger.warning("%s; trying to go on, %s", str(left[0].failure), incident.limits)
             sleep(pause)
         for want in left:
             want.error, want.given_up = _given_up(want, incident), True

@@ -65,9 +65,10 @@ class Incident:
         return 0.0 if self._begin is None else monotonic() - self._begin
 
     @property
-    def budget(self) -> float:
-        """How long it may go on, in seconds."""
-        return self._policy.total
+    def limits(self) -> str:
+        """How long it may go on, in words."""
+        policy = self._policy
+        return f"for up to {policy.total:g} s and {policy.attempts} attempts at each address"
 
     @property
     def tried(self) -> tuple[Tried, ...]:
