@@ -98,7 +98,9 @@ class TextModel:
             text.encode()
         except UnicodeEncodeError as error:
             raise BadRequestError(f"{param} is no text: {error}", param) from None
-        return tuple(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+        # verbose would log that a text is too long, which is refused with the figures
+        given = {"add_special_tokens": add_special_tokens, "verbose": False}
+        return tuple(self.tokenizer(text, **given)["input_ids"])
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, without special ones."""

@@ -51,6 +51,18 @@ def test_bytes_of_tokens_that_are_no_characters_make_the_text() -> None:
     assert octets.decode() == f"<s>{sentence}"
 
 
+def test_a_text_that_is_too_long_is_no_warning() -> None:
+    tokenizer = load_tokenizer(DEMO)
+    tokenizer.model_max_length = 8
+    told = "sequence-length-is-longer-than-the-specified-maximum"
+
+    assert len(text_of(tokenizer).encode("so many words " * 9)) > 8
+
+    assert told not in tokenizer.deprecation_warnings
+    tokenizer("so many words " * 9)
+    assert told in tokenizer.deprecation_warnings
+
+
 def test_what_a_model_says_of_sampling_and_of_its_end() -> None:
     said = {"eos_token_id": [7, 9], "temperature": 0.6, "top_k": 20, "do_sample": True}
     settings = GenerationConfig(**said)
