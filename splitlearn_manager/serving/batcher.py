@@ -35,11 +35,12 @@ if TYPE_CHECKING:
 LONGEST_TOGETHER = 16
 """Positions up to which a step shares a forward: a token, or a few that are checked at once."""
 
-_UNTIDY = 512
+_UNTIDY = 4096
 """Positions of prompts after which memory that their forwards freed goes back to the system.
 
 Their tensors are of many sizes, and lie between what sessions keep: left alone, the allocator holds
-on to some 0.9 MB more with every prompt of 2,000.  To give it back takes 1 to 2 ms.
+on to some 0.9 MB more with every prompt of 2,000.  To give it back takes 1 to 2 ms, and then the
+next forwards find their memory page by page again.
 """
 
 
