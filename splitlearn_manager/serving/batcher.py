@@ -35,8 +35,10 @@ if TYPE_CHECKING:
 LONGEST_TOGETHER = 16
 """Positions up to which a step shares a forward: a token, or a few that are checked at once."""
 
-_UNTIDY = 4096
-"""Positions of prompts after which memory that their forwards freed goes back to the system.
+_UNTIDY = 512
+_VERY_UNTIDY = 8 * _UNTIDY
+"""Positions of prompts after which memory that their forwards freed goes back to the system: where
+no prompt waits that could use it again, and where one does.
 
 Their tensors are of many sizes, and lie between what sessions keep: left alone, the allocator holds
 on to some 0.9 MB more with every prompt of 2,000.  To give it back takes 1 to 2 ms, and then the
@@ -309,7 +311,7 @@ class Batcher:
     async def _tidy(self, job: _Job) -> None:
         """Give back what the forwards of prompts have freed, once there were enough of them."""
         self._untidy += job.new * job.rows
-        if self._untidy < _UNTIDY:
+        if self._untidy < (_VERY_UNTIDY if self._prompts else _UNTIDY):
             return
         self._untidy = 0
         job.work.pieces.clear()  # they are in the answer
