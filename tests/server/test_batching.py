@@ -19,6 +19,7 @@ from splitlearn_core import SplitModel
 from splitlearn_core.hidden_state import HiddenState
 from splitlearn_manager import AsyncModelManager, ResourceManager
 from splitlearn_manager.observability import Metrics
+from splitlearn_manager.serving import batcher
 from splitlearn_manager.serving.batcher import BatchLimits
 from splitlearn_manager.serving.errors import BadStepError, NotFiniteError, StepFailedError
 from splitlearn_manager.serving.session import Session
@@ -465,6 +466,28 @@ async def _queued(bench: Bench, steps: list[asyncio.Task[torch.Tensor]]) -> None
     del bench
     for _ in range(4 * len(steps)):
         await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(("most", "after"), [(400, [3]), (150, [2, 3])])
+@pytest.mark.parametrize("bench", [BatchLimits(rows=8, piece=100)], indirect=True)
+async def test_what_prompts_have_freed_goes_back_when_none_waits_or_after_many(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, most: int, after: list[int]
+) -> None:
+    returned: list[int] = []
+    monkeypatch.setattr(batcher, "_UNTIDY", 80)
+    monkeypatch.setattr(batcher, "_VERY_UNTIDY", most)
+    monkeypatch.setattr(
+        batcher, "return_freed_memory", lambda: returned.append(len(bench.forwards.rows))
+    )
+    sessions = [await bench.open() for _ in range(3)]
+    gate = await bench.hold()
+    steps = [bench.start(session, hidden(100)) for session in sessions]
+    await _queued(bench, steps)
+    gate.set()
+
+    await asyncio.gather(*steps)
+
+    assert returned == after
 
 
 @pytest.mark.parametrize("model_type", ["mamba", "falcon_h1", "qwen3_next"])
