@@ -330,8 +330,9 @@ async def test_who_wants_to_know_hears_how_long_a_step_waited_and_ran(bench: Ben
 
 
 async def test_a_prompt_in_pieces_says_what_all_of_them_waited_and_ran(
-    bench: Bench, trunk: SplitModel
+    bench: Bench, trunk: SplitModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(batcher.Pace, "piece", lambda *_: 16)  # however long a step takes here
     (session,) = await prompts(bench, [3])
     newcomer = await bench.open(timings=True)
     spans: list[tuple[int, float]] = []
