@@ -121,6 +121,8 @@ def _forked(run: Run, rank: int) -> int:
 
 def _be_rank(run: Run, rank: int) -> None:
     """Join the group, call the checks, and write down what they answer."""
+    from torch import distributed  # noqa: PLC0415 - imported by who forks
+
     from splitlearn_core.sharded import joined_group  # noqa: PLC0415 - torch
 
     folder = Path(run.folder)
@@ -131,6 +133,7 @@ def _be_rank(run: Run, rank: int) -> None:
     found: dict[str, Any] = {}
     store = f"file://{folder}/store"
     with joined_group(store, rank=rank, world_size=run.world, timeout=60):
+        distributed.barrier()  # one that dies at once would be missed while others still join
         for name in run.names or checks:
             begun = time.perf_counter()
             try:
