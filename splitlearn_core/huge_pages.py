@@ -2,8 +2,7 @@
 
 A forward reads every weight once.  With pages of 4 KiB the processor has to look up where 512 of
 them lie for what is one page of 2 MiB, and where it runs in a virtual machine each look-up is
-several.  `splitlearn bench quantization` says what that makes on a machine: nothing changes but the
-time.
+several.  Nothing changes but the time.
 
 Transparent huge pages are asked for with madvise(2), as `transparent_hugepage/enabled` allows by
 default.  Where there are none, memory is what it would have been.
@@ -15,12 +14,12 @@ import ctypes
 import math
 import mmap
 from contextlib import suppress
-from functools import cache
-from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+
+from splitlearn_core.mappings import libc, mappings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,8 +33,10 @@ _ENOUGH = 0.75
 _COLLAPSE = 25
 """MADV_COLLAPSE of Linux 6.1, which Python has no name for."""
 
+_OF_LIBRARIES = ("", "[heap]")
+"""How mappings are named that the C library and others give memory from."""
+
 _CAN = all(hasattr(mmap, name) for name in ("MAP_ANONYMOUS", "MADV_HUGEPAGE"))
-_MAPS = Path("/proc/self/maps")
 
 
 class HugeArena:
@@ -51,7 +52,7 @@ class HugeArena:
         self._used = 0
 
     def empty(self, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """Return a contiguous tensor of zeros on the CPU; from any thread.
+        """Return a contiguous tensor without a value, on the CPU; from any thread.
 
         Raises:
             MemoryError: The system has no room for it.
@@ -95,13 +96,13 @@ def collapse() -> int:
     Returns:
         Bytes that are in huge pages now of those that were looked at; 0 where the system can't.
     """
-    if not _CAN or not _MAPS.exists():
+    if not _CAN:
         return 0
     return sum(
         len(pages)
         for span in _anonymous()
         for pages in _resident(span)
-        if not _libc().madvise(pages.start, len(pages), _COLLAPSE)
+        if not libc().madvise(pages.start, len(pages), _COLLAPSE)
     )
 
 
@@ -121,22 +122,21 @@ def _address(mapping: mmap.mmap) -> int:
 
 
 def _anonymous() -> Iterator[range]:
-    """Yield the whole huge pages of each private mapping that is of no file: proc_pid_maps(5)."""
-    for line in _MAPS.read_text("utf-8", "replace").splitlines():
-        addresses, permissions, _, _, inode, *name = line.split(maxsplit=5)
-        if permissions != "rw-p" or inode != "0" or name not in ([], ["[heap]"]):
+    """Yield the whole huge pages of each private mapping that is of no file."""
+    for found in mappings():
+        if found.permissions != "rw-p" or found.is_of_file or found.name not in _OF_LIBRARIES:
             continue
-        first, end = (int(address, 16) for address in addresses.split("-"))
-        start = -(-first // HUGE) * HUGE
-        if start + HUGE <= end:
-            yield range(start, end // HUGE * HUGE)
+        start = -(-found.addresses.start // HUGE) * HUGE
+        end = found.addresses.stop // HUGE * HUGE
+        if start < end:
+            yield range(start, end)
 
 
 def _resident(span: range) -> Iterator[range]:
     """Yield the stretches of huge pages that are in memory, but for small holes: mincore(2)."""
     small = HUGE // mmap.PAGESIZE
     states = (ctypes.c_ubyte * (len(span) // mmap.PAGESIZE))()
-    if _libc().mincore(span.start, len(span), states):
+    if libc().mincore(span.start, len(span), states):
         return  # it has gone meanwhile
     present = bytes(states).translate(_LOWEST_BIT)
     start: int | None = None
@@ -152,12 +152,3 @@ def _resident(span: range) -> Iterator[range]:
 
 _LOWEST_BIT = bytes(number & 1 for number in range(256))
 """mincore(2) defines no other."""
-
-
-@cache
-def _libc() -> Any:
-    """Return the C library; what is called by way of ctypes runs without the interpreter's lock."""
-    library = ctypes.CDLL(None)
-    library.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    library.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
-    return library

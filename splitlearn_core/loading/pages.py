@@ -7,18 +7,14 @@ that has just copied a tensor they cost as much, and hold nobody up.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import sys
-from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from splitlearn_core.mappings import libc, mappings
 
 if TYPE_CHECKING:
     import torch
-
-_MAPS = Path("/proc/self/maps")
 
 
 class MappedPages:
@@ -39,12 +35,12 @@ class MappedPages:
         """
         pages = _whole_pages(tensor.data_ptr(), tensor.nbytes)
         if sys.platform == "linux" and pages and self._has(pages):
-            _madvise()(pages.start, len(pages), mmap.MADV_DONTNEED)
+            libc().madvise(pages.start, len(pages), mmap.MADV_DONTNEED)
 
     def _has(self, pages: range) -> bool:
         """Whether pages are of a mapped file."""
         if not any(_is_within(pages, span) for span in self._spans):
-            self._spans = list(_file_mappings())
+            self._spans = [found.addresses for found in mappings() if found.is_of_file]
         return any(_is_within(pages, span) for span in self._spans)
 
 
@@ -56,24 +52,3 @@ def _whole_pages(address: int, nbytes: int) -> range:
 
 def _is_within(pages: range, span: range) -> bool:
     return span.start <= pages.start and pages.stop <= span.stop
-
-
-def _file_mappings() -> Iterator[range]:
-    """Yield the addresses at which files are mapped, see proc_pid_maps(5)."""
-    try:
-        lines = _MAPS.read_text("utf-8", "replace").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        addresses, _, _, _, inode, *_ = line.split(maxsplit=5)
-        if inode != "0":
-            start, _, end = addresses.partition("-")
-            yield range(int(start, 16), int(end, 16))
-
-
-@cache
-def _madvise() -> Any:
-    """Return madvise(2); what is called by way of ctypes runs without the interpreter's lock."""
-    function = ctypes.CDLL(None).madvise
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return function

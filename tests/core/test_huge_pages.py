@@ -159,14 +159,14 @@ def test_packed_weights_are_moved_there(
     asked: list[int] = []
 
     class Kernel:
-        mincore = huge_pages._libc().mincore
+        mincore = huge_pages.libc().mincore
 
         @staticmethod
         def madvise(*arguments: int) -> int:
             asked.append(arguments[-1])
             return 0
 
-    monkeypatch.setattr(huge_pages, "_libc", Kernel)
+    monkeypatch.setattr(huge_pages, "libc", Kernel)
 
     load_component(make_checkpoint("llama").path, "trunk", [2, 4])
     assert not asked

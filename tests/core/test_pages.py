@@ -12,9 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from splitlearn_core import ModelFactory
+from splitlearn_core import ModelFactory, mappings
 from splitlearn_core.factory import load_component
-from splitlearn_core.loading import pages
 from splitlearn_core.loading.pages import MappedPages
 from splitlearn_core.loading.sources import StateDictSource
 
@@ -86,7 +85,7 @@ def test_memory_of_another_kind_is_left_alone(file: Path, count: int) -> None:
 def test_where_nothing_says_what_is_mapped_nothing_is_given_back(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pages, "_MAPS", file / "nowhere")
+    monkeypatch.setattr(mappings, "_MAPS", file / "nowhere")
     with safe_open(file, framework="pt") as opened:
         tensor = opened.get_tensor("a")
         tensor.sum()
