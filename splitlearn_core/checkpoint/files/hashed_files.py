@@ -12,7 +12,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from splitlearn_core.checkpoint.files.disk import Disk, begin_writeback
-from splitlearn_core.checkpoint.files.manifest import INSTEAD, FileRecord
+from splitlearn_core.checkpoint.files.manifest import FileRecord, advising
 from splitlearn_core.dtypes import BY_STORED_NAME
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.headers import LENGTH_BYTES, TensorInfo, header_length, listed, parse_header
@@ -232,21 +232,8 @@ def check_file(path: Path, record: FileRecord, hashing: Executor) -> None:
         pass
 
 
-@contextmanager
-def _advising(path: Path) -> Iterator[None]:
-    """Say what to do about a file that can't be read."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} can't be read: {error.strerror or error}; {INSTEAD}"
-        ) from error
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; {INSTEAD}") from error
-
-
 def _checked_size(path: Path, record: FileRecord) -> int:
-    with _advising(path):
+    with advising(path):
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
         if size != record.bytes:
@@ -256,7 +243,7 @@ def _checked_size(path: Path, record: FileRecord) -> int:
 
 def _read_header(path: Path, size: int) -> tuple[dict[str, TensorInfo], bytearray]:
     """Return the tensors that the file says it holds, and room for the bytes that say so."""
-    with _advising(path), open_regular(path) as file:
+    with advising(path), open_regular(path) as file:
         length = header_length(file.read(LENGTH_BYTES), size, str(path))
         header = parse_header(file.read(length), size, str(path))
     return header, bytearray(LENGTH_BYTES + length)
@@ -289,7 +276,7 @@ def _check_block(path: Path, record: FileRecord, number: int, into: list[_Segmen
     start = number * record.block_bytes
     end = min(start + record.block_bytes, record.bytes)
     rooms = [segment.room for segment in into] or [memoryview(bytearray(end - start))]
-    with _advising(path):
+    with advising(path):
         with path.open("rb", buffering=0) as file:
             file.seek(start)
             for room in rooms:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,19 @@ def to_text(files: Mapping[str, FileRecord], versions: Mapping[str, str]) -> str
     return json.dumps({**body, "sha256": _digest(body)}, indent=1)
 
 
+@contextmanager
+def advising(path: Path) -> Iterator[None]:
+    """Say what to do about a file that can't be read."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} can't be read: {error.strerror or error}; {INSTEAD}"
+        ) from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {INSTEAD}") from error
+
+
 def read_manifest(folder: Path) -> dict[str, FileRecord]:
     """Read what files a checkpoint is made of.
 
@@ -79,14 +93,8 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
         CheckpointError: (a `ValueError`) There is no manifest, it is damaged, or another release's.
     """
     path = folder / MANIFEST_FILE
-    try:
+    with advising(path):
         body = read_json(path, unique_keys=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} can't be read: {error.strerror or error}; {INSTEAD}"
-        ) from error
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; {INSTEAD}") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise CheckpointError(f"{path} is no manifest of a training checkpoint; {INSTEAD}")
     _check_version(body, path)
