@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from splitlearn_core.errors import CacheMismatchError
-from splitlearn_core.growing_layer import GrowingLayer
+from splitlearn_core.growing_layer import GrowingLayer, share_room
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -120,6 +120,7 @@ class PartCache(DynamicCache):
             _growing(layer) if number in owned else _ghost_of(layer)  # type: ignore[misc]  # mixed in
             for number, layer in enumerate(self.layers)
         ]
+        share_room(self.layers)
 
     @property
     def counts_positions(self) -> bool:
@@ -157,6 +158,7 @@ class PartCache(DynamicCache):
         other: PartCache = object.__new__(type(self))
         other.__dict__.update(self.__dict__, _shared=dict(self._shared))
         other.layers = [_copy_of(layer) for layer in self.layers]
+        share_room(other.layers)
         other.module_states = tuple(map(_copied, self.module_states))
         return other
 

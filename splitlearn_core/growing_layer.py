@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from splitlearn_core.lazy_memory import PAGE, lazy_empty
+from splitlearn_core.cache_room import CacheRoom, Place
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 BLOCK = 64
-"""Positions by which the memory grows."""
-
-_SHORTEST_LAZY = 512
-"""Positions that there is at least address space for."""
+"""Positions by which memory grows that does not fill by itself."""
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values of full attention, in memory that has room for at most `BLOCK` more.
+    """Keys and values of full attention, in memory that has room for more.
 
-    transformers' own layer copies all that it holds with every step.  This one has address space
-    for up to twice as many positions as it holds, and memory for those that it holds, rounded up to
-    pages (`splitlearn_core.lazy_memory`).  It copies when that is used up, and where it must: when
+    transformers' own layer copies all that it holds with every step.  This one writes behind what
+    it holds, into a room that it shares with the cache's other layers
+    (`splitlearn_core.cache_room`).  It copies when the room is used up, and where it must: when
     rows were reordered, or gradients are recorded, which forbid to write into what was used before.
-    Where there is no such memory, or a block of a head is smaller than a page, it allocates block
-    by block, and copies with each.
+    Where there is no such room, it allocates block by block, and copies with each.
 
     `keys` and `values` [batch, heads, length, size] are views of that memory, and may be replaced
     like those of transformers' layer.
@@ -35,81 +34,91 @@ class GrowingLayer(DynamicLayer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]  # transformers' own
-        self._rooms: dict[str, torch.Tensor] = {}
-        self._filled: dict[str, int] = {}
+        self.share(CacheRoom(1), 0)
+
+    def share(self, room: CacheRoom, number: int) -> None:
+        """Keep in this room, as layer `number` of those that do, what comes from now on."""
+        self._room, self._number = room, number
+        self._place: Place | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take in keys and values [batch, heads, new, size]; return those of all positions."""
         if torch.is_grad_enabled():
-            self._rooms.clear()
-            keys, values = super().update(key_states, value_states, *args, **kwargs)
-            return keys, values
+            self._place = None
+            grown: tuple[torch.Tensor, torch.Tensor]
+            grown = super().update(key_states, value_states, *args, **kwargs)
+            return grown
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = self._append("keys", self.keys, key_states)
-        self.values = self._append("values", self.values, value_states)
+        keys: Any = self.keys
+        values: Any = self.values
+        length = keys.shape[-2] if keys.numel() else 0
+        end = length + key_states.shape[-2]
+        place = self._place = self._room.place(
+            self._number, key_states, value_states, end
+        ) or self._in_blocks(key_states, value_states, end)
+        self.keys = _appended(place.keys, keys, key_states, length)
+        self.values = _appended(place.values, values, value_states, length)
         return self.keys, self.values
 
     def reset(self) -> None:
         """Forget all positions, and give their memory back."""
-        self._rooms.clear()
+        self._place = None
+        self._room.forget()
         super().reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy holds: it has room of its own, when it needs some."""
-        return {**self.__dict__, "_rooms": {}}
+        """Return what a copy holds: it has a room of its own."""
+        return {**self.__dict__, "_room": CacheRoom(1), "_number": 0, "_place": None}
 
     def memory(self) -> dict[int, int]:
-        """Return the bytes that each of its rooms takes, by the address of its storage.
+        """Return the bytes that its room takes, by the address of its storage."""
+        place = self._place
+        if place is None or place.memory is None:
+            return {}
+        return {place.keys.untyped_storage().data_ptr(): place.memory.taken}
 
-        Whole blocks of the most positions that were ever in it: what is beyond takes no memory.
-        """
-        return {
-            room.untyped_storage().data_ptr(): room[..., :1, :].nbytes
-            * min(_in_blocks(self._filled[name]), room.shape[-2])
-            for name, room in tuple(self._rooms.items())
-        }
-
-    def _append(self, name: str, held: Any, new: torch.Tensor) -> torch.Tensor:
-        """Return what is held and what is new, in the same memory if that has room."""
-        length = held.shape[-2] if held.numel() else 0
-        end = length + new.shape[-2]
-        room = self._rooms.get(name)
-        if room is None or end > room.shape[-2] or not _begins(held, room, new):
-            room = _room(new, end)
-            if length:
-                room[..., :length, :] = held
-            self._filled[name] = 0
-            self._rooms[name] = room
-        room[..., length:end, :] = new
-        self._filled[name] = max(self._filled[name], end)
-        return room[..., :end, :]
+    def _in_blocks(self, keys: torch.Tensor, values: torch.Tensor, end: int) -> Place:
+        """Return memory for `end` positions like these, that of before if it will do."""
+        own = self._place
+        if own is not None and own.memory is None and _holds(own, keys, end):
+            return own
+        space = -(-end // BLOCK) * BLOCK
+        return Place(_empty(keys, space), _empty(values, space))
 
 
-def _room(new: torch.Tensor, end: int) -> torch.Tensor:
-    """Return memory for `end` positions like those of `new`."""
-    *rows, _, size = new.shape
-    if BLOCK * size * new.element_size() >= PAGE:
-        space = max(1 << (2 * end - 1).bit_length(), _SHORTEST_LAZY)
-        lazy = lazy_empty((*rows, space, size), new)
-        if lazy is not None:
-            return lazy
-    return new.new_empty(*rows, _in_blocks(end), size)
+def share_room(layers: Iterable[Any]) -> None:
+    """Let the growing ones of these layers share a room."""
+    growing = [layer for layer in layers if isinstance(layer, GrowingLayer)]
+    room = CacheRoom(len(growing))
+    for number, layer in enumerate(growing):
+        layer.share(room, number)
 
 
-def _in_blocks(positions: int) -> int:
-    """Return how many positions whole blocks have."""
-    return -(-positions // BLOCK) * BLOCK
+def _empty(new: torch.Tensor, space: int) -> torch.Tensor:
+    """Return memory for so many positions like those of `new`."""
+    return new.new_empty(*new.shape[:2], space, new.shape[-1])
 
 
-def _begins(held: torch.Tensor, room: torch.Tensor, new: torch.Tensor) -> bool:
+def _holds(place: Place, keys: torch.Tensor, end: int) -> bool:
+    """Whether a place has space for `end` positions of as many rows as `keys`."""
+    return place.keys.shape[0] == keys.shape[0] and end <= place.keys.shape[-2]
+
+
+def _appended(
+    room: torch.Tensor, held: torch.Tensor, new: torch.Tensor, length: int
+) -> torch.Tensor:
+    """Return what is held and what is new, where it has room."""
+    if length and not _begins(held, room):
+        same = held.untyped_storage().data_ptr() == room.untyped_storage().data_ptr()
+        room[..., :length, :] = held.clone() if same else held
+    end = length + new.shape[-2]
+    room[..., length:end, :] = new
+    return room[..., :end, :]
+
+
+def _begins(held: torch.Tensor, room: torch.Tensor) -> bool:
     """Whether what is held lies where `room` begins, row for row."""
-    if not held.numel():
-        return room.shape[0] == new.shape[0]
-    return (
-        held.data_ptr() == room.data_ptr()
-        and held.shape[:-2] == room.shape[:-2]
-        and held.stride() == room.stride()
-    )
+    return held.data_ptr() == room.data_ptr() and held.stride() == room.stride()

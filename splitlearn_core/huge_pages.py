@@ -20,18 +20,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from splitlearn_core.mappings import libc, mappings
+from splitlearn_core.page_sizes import HUGE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-HUGE = 2 << 20
-"""Bytes of a huge page on x86-64, and on ARM with pages of 4 KiB."""
-
 _CHUNK = 32 << 20
 _ALIGNMENT = 64
 _ENOUGH = 0.75
-_COLLAPSE = 25
-"""MADV_COLLAPSE of Linux 6.1, which Python has no name for."""
+COLLAPSE = 25
+"""MADVCOLLAPSE of Linux 6.1, which Python has no name for."""
 
 _OF_LIBRARIES = ("", "[heap]")
 """How mappings are named that the C library and others give memory from."""
@@ -102,7 +100,7 @@ def collapse() -> int:
         len(pages)
         for span in _anonymous()
         for pages in _resident(span)
-        if not libc().madvise(pages.start, len(pages), _COLLAPSE)
+        if not libc().madvise(pages.start, len(pages), COLLAPSE)
     )
 
 

@@ -1,26 +1,29 @@
-"""Memory that is taken as it is written to, page by page, and is back when it is given up.
+"""Memory that is taken as it is filled, from its beginning, and is back when it is given up.
 
 A tensor from torch's allocator is whole from the beginning, and what is freed may stay with the
 process, in holes that nothing else fits.  A mapping of its own takes address space, and of memory
-only the pages that were written to; the system has all of it back when the last tensor on it goes.
+only the pages that were filled; the system has all of it back when the last tensor on it goes.
+
+Pages are huge ones as far as they are filled (`splitlearn_core.page_sizes`).
 """
 
 from __future__ import annotations
 
-import math
 import mmap
+from contextlib import suppress
 from threading import Lock
 from typing import Any, Self
 
 import torch
 
-__all__ = ["PAGE", "lazy_empty"]
+from splitlearn_core.huge_pages import COLLAPSE
+from splitlearn_core.page_sizes import HUGE, huge_pages_of, memory_of
 
-PAGE = mmap.PAGESIZE
-"""Bytes."""
+__all__ = ["LazyMemory", "lazy_memory"]
 
 _MOST = 40_000
-"""Mappings at once: a process of Linux may have 65,530 of all kinds, unless neighbours merge."""
+"""Mappings at once: a process of Linux may have 65,530 of all kinds, and each of these may become
+two, of which neighbours merge."""
 
 _NO_RESERVE = 0x4000
 """MAP_NORESERVE of Linux, which Python has no name for: address space is not counted as memory."""
@@ -54,22 +57,66 @@ class _Mapping(mmap.mmap):
 _CAN = all(hasattr(mmap, name) for name in ("MAP_ANONYMOUS", "MADV_NOHUGEPAGE"))  # Linux
 
 
-def lazy_empty(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor | None:
-    """Return a tensor of zeros, whose pages are taken as they are written to.
+class LazyMemory:
+    """Zeros, whose pages are taken as they are written to.
 
     Args:
-        shape: Its sizes, with room to grow into.
-        like: Has the dtype and the device.
+        nbytes: How many there is address space for.
+
+    Attributes:
+        bytes: uint8 [nbytes] on the CPU.  Tensors that are views of it keep the memory.
+
+    Raises:
+        OSError: The system has no room, or too many mappings.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._mapping: Any = _Mapping(nbytes + 2 * HUGE)
+        whole = torch.frombuffer(self._mapping, dtype=torch.uint8)
+        self._offset = -whole.data_ptr() % HUGE
+        self.bytes = whole[self._offset : self._offset + nbytes]
+        self._filled = 0
+        self._huge = 0
+
+    def fill(self, end: int) -> None:
+        """Prepare to be written to up to byte `end`; bytes before that may be written by now."""
+        if end <= self._filled:
+            return
+        pages = huge_pages_of(end)
+        if pages > self._huge:
+            self._enlarge(pages)
+        self._filled = end
+
+    @property
+    def taken(self) -> int:
+        """Bytes of memory that were taken, if all was written that was prepared to be."""
+        return memory_of(self._filled)
+
+    def _enlarge(self, pages: int) -> None:
+        """Have the first so many pages be huge ones.
+
+        One that is in small pages by now is moved; the rest come to be where they are written to.
+        A system without huge pages leaves all as it is.
+        """
+        start = self._huge * HUGE
+        with suppress(OSError):
+            advised = (self._offset + start, pages * HUGE - start)
+            self._mapping.madvise(mmap.MADV_HUGEPAGE, *advised)
+            if self._filled > start:
+                self._mapping.madvise(COLLAPSE, advised[0], HUGE)
+        self._huge = pages
+
+
+def lazy_memory(nbytes: int, device: torch.device) -> LazyMemory | None:
+    """Return memory with address space for so many bytes.
 
     Returns:
         `None` where there is no such memory: on another device or system, or when the process has
         as many mappings as it should.
     """
-    nbytes = math.prod(shape) * like.element_size()
-    if not _CAN or like.device.type != "cpu" or not nbytes or _Mapping.live >= _MOST:
+    if not _CAN or device.type != "cpu" or not nbytes or _Mapping.live >= _MOST:
         return None
     try:
-        mapping: Any = _Mapping(nbytes)
+        return LazyMemory(nbytes)
     except OSError:
         return None
-    return torch.frombuffer(mapping, dtype=like.dtype).view(shape)

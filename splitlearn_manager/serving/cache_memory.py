@@ -15,6 +15,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from splitlearn_core.machine import Memory
+from splitlearn_core.page_sizes import HUGE, huge_pages_of
 from splitlearn_manager.config.units import format_bytes
 from splitlearn_manager.errors import InsufficientResourcesError
 from splitlearn_manager.serving.errors import NoMemoryError
@@ -24,15 +25,20 @@ if TYPE_CHECKING:
     from splitlearn_manager.core.resources import Reservation, ResourceManager
 
 BLOCK = 64
-"""Positions by which a cache grows (`splitlearn_core.growing_layer`)."""
+"""Positions by which memory is reserved, and a cache grows that does not fill page by page
+(`splitlearn_core.growing_layer`)."""
 
 _ANY = Memory(sys.maxsize, sys.maxsize)  # nothing is read from the system for a reservation of 0
 
 
 def bytes_for(per_position: int | None, rows: int, positions: int) -> int:
-    """Return the bytes that a cache takes, its last block counted whole; 0 where not known."""
+    """Return the bytes that a cache takes; 0 where not known.
+
+    Its last block is counted whole, and its last huge page, where that is half full and so taken.
+    """
     blocks = -(-positions // BLOCK)
-    return (per_position or 0) * rows * blocks * BLOCK
+    nbytes = (per_position or 0) * rows * blocks * BLOCK
+    return max(nbytes, huge_pages_of(nbytes) * HUGE)
 
 
 class CacheMemory:

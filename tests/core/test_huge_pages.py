@@ -14,7 +14,8 @@ import torch
 
 from splitlearn_core import huge_pages
 from splitlearn_core.factory import load_component
-from splitlearn_core.huge_pages import HUGE, HugeArena, collapse, huge_empty
+from splitlearn_core.huge_pages import HugeArena, collapse, huge_empty
+from splitlearn_core.page_sizes import HUGE
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="madvise(2) is Linux's")
 

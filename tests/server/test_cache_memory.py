@@ -12,6 +12,7 @@ from serving_fakes import OnePart, Owner, hidden, trunk_config
 
 from splitlearn_core import SplitModel
 from splitlearn_core.cache import PartCache
+from splitlearn_core.page_sizes import PAGE
 from splitlearn_manager import AsyncModelManager, ResourceManager
 from splitlearn_manager.observability import Metrics
 from splitlearn_manager.serving.errors import BadOpenError, NoMemoryError
@@ -83,7 +84,8 @@ def test_the_figure_is_what_a_cache_takes(part: SplitModel) -> None:
         part(hidden(BLOCK + 1, rows=2), past_key_values=cache)
 
     assert part.kv_bytes_per_position is not None
-    assert cache.allocated_nbytes == 2 * 2 * BLOCK * part.kv_bytes_per_position
+    held = 2 * (BLOCK + 1) * part.kv_bytes_per_position
+    assert held <= cache.allocated_nbytes < held + held // BLOCK + PAGE  # a line between positions
 
 
 async def test_a_length_that_is_wanted_is_reserved_at_once(bench: Bench) -> None:

@@ -14,6 +14,7 @@ from infer_requests import entry, models, serving
 from prometheus_client.parser import text_string_to_metric_families
 from serving_fakes import FakePart, Owner, ask
 
+from splitlearn_core.page_sizes import memory_of
 from splitlearn_manager import AsyncModelManager, ModelInfo, ModelStatus
 from splitlearn_manager.client import RemoteTrunk
 from splitlearn_manager.observability import Metrics
@@ -76,7 +77,7 @@ def test_sessions_are_counted_exactly(url: str) -> None:
     assert value(open_now, "session_step_queue_seconds_count") == 4
     assert value(open_now, "session_queue_steps") == 0
     assert value(open_now, "cache_tokens") == 23
-    assert value(open_now, "cache_allocated_bytes") == 64 * KV_BYTES
+    assert value(open_now, "cache_allocated_bytes") == memory_of(23 * KV_BYTES)
     assert value(open_now, "cache_reserved_bytes") == 64 * KV_BYTES
     assert value(open_now, "received_bytes_total", protocol="sessions") == sent
     assert value(open_now, "sent_bytes_total", protocol="sessions") == received

@@ -1,0 +1,160 @@
+"""Where all layers of a KV cache keep their keys and values: side by side, position by position.
+
+    position 0: layer 0's key, its value, layer 1's key, ...   position 1: ...
+
+A position that comes is written behind the others, for all layers, so that a cache is in few
+pages, and in huge ones once it fills half of one (`splitlearn_core.lazy_memory`): attention reads
+all of it with every token.  What a layer sees is a view, with the other layers' between two
+positions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from splitlearn_core.lazy_memory import LazyMemory, lazy_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_SPACE = 1 << 30
+"""Bytes of address space that a cache has at least, so that few ever outgrow it."""
+
+_LINE = 64
+"""Bytes of a line of the processor's caches."""
+
+_ALIASED = 4096
+"""Bytes at whose multiples lines push each other out of the nearest cache."""
+
+
+class Place(NamedTuple):
+    """Where a layer's keys and values go.
+
+    Attributes:
+        keys: [rows, heads, space, size].
+        values: Likewise.
+        memory: What they are views of, if that fills as it is needed.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    memory: LazyMemory | None = None
+
+
+class _Kind(NamedTuple):
+    """What the keys and values of a layer are, whatever their number of positions."""
+
+    rows: int
+    keys: tuple[int, int]
+    values: tuple[int, int]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, keys: torch.Tensor, values: torch.Tensor) -> _Kind:
+        """Return that of keys and values [rows, heads, new, size]."""
+        rows, heads, _, size = keys.shape
+        return cls(rows, (heads, size), (values.shape[1], values.shape[3]), keys.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a position in one layer."""
+        return self.rows * (math.prod(self.keys) + math.prod(self.values)) * self.dtype.itemsize
+
+
+class CacheRoom:
+    """Gives the layers of one cache their places in memory that grows.
+
+    All layers are alike in every architecture of transformers that was tried; one that is not like
+    the first is given no place.
+
+    Args:
+        layers: How many share it.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self._layers = layers
+        self._room: _Room | None = None
+
+    def place(
+        self, number: int, keys: torch.Tensor, values: torch.Tensor, end: int
+    ) -> Place | None:
+        """Return where layer `number` has space for `end` positions.
+
+        It is another than before, and the layer copies what it has, where the space was used up or
+        the number of rows has changed.
+
+        Args:
+            number: Of those that share the room.
+            keys: New ones, [rows, heads, new, size].
+            values: Likewise.
+            end: Positions, those that it holds included.
+
+        Returns:
+            `None` where there is no such memory, or it is not for such a layer.
+        """
+        kind = _Kind.of(keys, values)
+        room = self._room
+        if room is None or kind.rows != room.kind.rows or (kind == room.kind and end > room.space):
+            room = self._room = _room(self._layers, kind, end, keys.device)
+        if room is None or kind != room.kind:
+            return None
+        room.memory.fill(end * room.stride)
+        return room.places[number]
+
+    def forget(self) -> None:
+        """Give the memory back, once no layer has a place in it."""
+        self._room = None
+
+
+class _Room(NamedTuple):
+    """Memory for a number of layers of one kind.
+
+    Attributes:
+        kind: What they are.
+        memory: Where they lie.
+        stride: Bytes from a position to the next.
+        space: Positions that there is address space for.
+        places: That of each layer.
+    """
+
+    kind: _Kind
+    memory: LazyMemory
+    stride: int
+    space: int
+    places: tuple[Place, ...]
+
+
+def _room(layers: int, kind: _Kind, end: int, device: torch.device) -> _Room | None:
+    """Return room for `end` positions, and many more; `None` where there is no such memory."""
+    stride = _stride(layers * kind.nbytes)
+    space = max(2 * end, _SPACE // stride) if stride else 0
+    memory = lazy_memory(space * stride, device)
+    if memory is None:
+        return None
+    places = tuple(_places(memory, stride, kind, layers))
+    return _Room(kind, memory, stride, space, places)
+
+
+def _stride(nbytes: int) -> int:
+    """Return the distance of positions of so many bytes.
+
+    A layer's own of all positions should not lie at a few places of the processor's cache: the
+    distance is an odd number of lines.
+    """
+    return nbytes if nbytes < _ALIASED or nbytes % (2 * _LINE) else nbytes + _LINE
+
+
+def _places(memory: LazyMemory, stride: int, kind: _Kind, layers: int) -> Iterator[Place]:
+    """Yield the place of each layer."""
+    grid = memory.bytes.view(-1, stride).view(kind.dtype)
+    space, offset = len(grid), 0
+    for _ in range(layers):
+        found = []
+        for heads, size in (kind.keys, kind.values):
+            own = grid[:, offset : offset + kind.rows * heads * size]
+            found.append(own.view(space, kind.rows, heads, size).permute(1, 2, 0, 3))
+            offset += kind.rows * heads * size
+        yield Place(found[0], found[1], memory)
