@@ -88,6 +88,20 @@ class HiddenState:
         side = {name: value[:, start:stop] for name, value in self.side.items()}
         return HiddenState(self.tensor[:, start:stop], side)
 
+    def flat(self) -> HiddenState:
+        """Return its rows one behind the other, as one row."""
+        if self.shape[0] == 1:
+            return self
+        side = {name: value.flatten(0, 1)[None] for name, value in self.side.items()}
+        return HiddenState(self.tensor.flatten(0, 1)[None], side)
+
+    def unflat(self, rows: int) -> HiddenState:
+        """Return its one row cut into so many of the same length."""
+        if rows == 1:
+            return self
+        side = {name: _cut(value, rows) for name, value in self.side.items()}
+        return HiddenState(_cut(self.tensor, rows), side)
+
     @staticmethod
     def joined(parts: Sequence[HiddenState], dim: int) -> HiddenState:
         """Return several as one: rows below each other (dim 0), or positions in a row (dim 1)."""
@@ -97,3 +111,8 @@ class HiddenState:
             name: torch.cat([part.side[name] for part in parts], dim=dim) for name in parts[0].side
         }
         return HiddenState(torch.cat([part.tensor for part in parts], dim=dim), side)
+
+
+def _cut(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return [1, rows x new, …] as [rows, new, …]."""
+    return tensor.reshape(rows, -1, *tensor.shape[2:])

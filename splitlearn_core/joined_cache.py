@@ -32,9 +32,10 @@ from transformers.cache_utils import (
 )
 
 from splitlearn_core.cache import GhostLayer, PartCache
+from splitlearn_core.cache_snapshot import CacheSnapshot, copied
 from splitlearn_core.growing_layer import GrowingLayer
 from splitlearn_core.module_states import KEPT
-from splitlearn_core.session_attention import RaggedStates
+from splitlearn_core.session_attention import RaggedStates, attends_in_place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,6 +57,16 @@ _ALONE = frozenset({"git", "openai-gpt", "llama4", "llama4_text", *KEPT})
 cache's length, which is that of the longest.
 """
 
+_UNPACKED = frozenset(
+    {"axk1", "deepseek_v2", "deepseek_v3", "diffllama", "doge", "glm4_moe_lite", "jetmoe"}
+    | {"minicpm3", "moshi", "youtu"}
+)
+"""Types whose sequences can't be packed into one row.
+
+`moshi` counts positions by itself; the others compute with what a cache returns before they attend
+to it (latent attention above all).
+"""
+
 _LENGTH_DEPENDENT = ("longrope", "dynamic")
 """Rotary embeddings that change with the largest position of a forward."""
 
@@ -69,11 +80,14 @@ class Joinable(NamedTuple):
             that a long one can come in pieces.
         mask: Whether a step needs a mask: where no layer looks back at single positions, it takes
             none, as in transformers' own generation.
+        packed: Whether steps and pieces of any lengths can be one forward
+            (`splitlearn_core.packed_cache`).
     """
 
     steps: bool
     chunks: bool
     mask: bool
+    packed: bool = False
 
 
 def joinable(part: SplitModel) -> Joinable:
@@ -85,7 +99,15 @@ def joinable(part: SplitModel) -> Joinable:
         return Joinable(steps=False, chunks=False, mask=True)
     kinds = {type(layer) for layer in cache.layers if not isinstance(layer, GhostLayer)}
     looks_back = any(isinstance(layer, DynamicLayer) for layer in cache.layers)
-    return Joinable(kinds <= _ATTENTION | _STATES, kinds <= _ATTENTION, looks_back)
+    attention = kinds <= _ATTENTION
+    packed = attention and attends_in_place(part) and _packs(part)
+    return Joinable(kinds <= _ATTENTION | _STATES, attention, looks_back, packed)
+
+
+def _packs(part: SplitModel) -> bool:
+    """Whether sequences in one row would get what they get alone: none looks ahead."""
+    causal = all(getattr(module, "is_causal", True) for module in part.modules())
+    return causal and part.config.model_type not in _UNPACKED
 
 
 def takes_chunks(part: SplitModel) -> bool:
@@ -151,7 +173,7 @@ class JoinedCache(PartCache):
         self.longest = max(self.lengths)
         self._row_counts = [cache.rows for cache in caches]
         self._slices = _slices(self._row_counts)
-        self._before = [[_copied(layer) for layer in cache.layers] for cache in caches]
+        self._before = CacheSnapshot(caches)
         room = None if in_place else _Room()
         Cache.__init__(self, layers=[self._join(n, room) for n in range(len(caches[0].layers))])
 
@@ -198,9 +220,7 @@ class JoinedCache(PartCache):
 
     def roll_back(self) -> None:
         """Let every cache be what it was before the forward, which may have failed half-way."""
-        for cache, before in zip(self.caches, self._before, strict=True):
-            for layer, attributes in zip(cache.layers, before, strict=True):
-                layer.__dict__.update(attributes)
+        self._before.restore()
 
     def _join(self, number: int, room: _Room | None) -> Any:
         """Return the layer `number` of the batch."""
@@ -313,7 +333,7 @@ def _joined_layer(members: list[_Member], longest: int, room: _Room | None) -> A
     """Return one layer that stands for those of several sequences."""
     real = members[0].layer
     layer: Any = object.__new__(_joined_class(type(real)))
-    layer.__dict__.update(_copied(real), members=members, length=longest, room=room)
+    layer.__dict__.update(copied(real), members=members, length=longest, room=room)
     if hasattr(real, "cumulative_length"):  # sliding windows
         layer.cumulative_length = longest
     if isinstance(layer, JoinedStates):
@@ -328,14 +348,6 @@ def _joined_class(real: type[Any]) -> type[Any]:
         mixed += [JoinedStates] if issubclass(real, LinearAttentionCacheLayerMixin) else []
         _JOINED[real] = type(f"Joined{real.__name__}", (*mixed, real), {"_layer_type": None})
     return _JOINED[real]
-
-
-def _copied(layer: Any) -> dict[str, Any]:
-    """Return the attributes of a layer, as they are now."""
-    return {
-        name: dict(value) if isinstance(value, dict) else value
-        for name, value in vars(layer).items()
-    }
 
 
 def _stacked(states: list[torch.Tensor | None]) -> torch.Tensor | None:

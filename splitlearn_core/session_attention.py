@@ -7,7 +7,9 @@ Two things are copied with each forward that need not be:
   kernel for CPUs does without, and gives the same bits.
 - Sequences of different lengths in one forward are a padded batch, for which all keys and values
   of all of them are copied side by side, each as wide as the longest.  Here each sequence attends
-  to its own where they lie, and only what is left of a layer is computed together.
+  to its own where they lie, and only what is left of a layer is computed together.  That holds for
+  a batch with a row or more for each (`RaggedStates`), and for sequences that are packed into one
+  row (`PackedStates`).
 
 It is an attention function of its own, registered under `NAME` as transformers has it, that parts
 are told to use; nothing changes for others.
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -126,6 +128,94 @@ class RaggedStates(torch.Tensor):
         return func(*plain[0], **plain[1])
 
 
+class Segment(NamedTuple):
+    """Where a sequence is in a row that several share.
+
+    Attributes:
+        rows: Of its own batch; they stand one behind the other.
+        new: Positions of each.
+        start: Where the first one is.
+    """
+
+    rows: int
+    new: int
+    start: int
+
+    @property
+    def positions(self) -> int:
+        """Positions of all rows."""
+        return self.rows * self.new
+
+    @property
+    def stop(self) -> int:
+        """Where the next sequence begins."""
+        return self.start + self.positions
+
+    def unflat(self, states: torch.Tensor) -> torch.Tensor:
+        """Return its [1, heads, rows x new, size] as [rows, heads, new, size]."""
+        if self.rows == 1:
+            return states
+        _, heads, _, size = states.shape
+        return states.view(heads, self.rows, self.new, size).transpose(0, 1)
+
+
+class PackedStates(torch.Tensor):
+    """Keys or values of several sequences that share a row, each where it lies.
+
+    It stands for no tensor: nothing but the attention above can do anything with it.
+
+    Attributes:
+        pieces: Those of each sequence, [rows, heads, length, size].
+        segments: Where in the row of queries each is.
+        window: Positions that one sees, itself included; `None` for all before it.
+        masks: Masks of the forward, by sizes: all layers use them.
+    """
+
+    pieces: Sequence[torch.Tensor]
+    segments: Sequence[Segment]
+    window: int | None
+    masks: dict[tuple[int, ...], torch.Tensor]
+
+    def __new__(
+        cls,
+        pieces: Sequence[torch.Tensor],
+        segments: Sequence[Segment],
+        window: int | None,
+        masks: dict[tuple[int, ...], torch.Tensor],
+    ) -> Self:
+        """Make one."""
+        _, heads, _, size = pieces[0].shape
+        shape = (1, heads, segments[-1].stop, size)
+        made: Self = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001 - torch's door to this
+            cls, shape, dtype=pieces[0].dtype, device=pieces[0].device
+        )
+        made.pieces, made.segments, made.window, made.masks = pieces, segments, window, masks
+        return made
+
+    def mask(self, new: int, length: int) -> torch.Tensor | None:
+        """Return what the last `new` of `length` positions see, if not all: bool [new, length]."""
+        window = length if self.window is None else self.window
+        if new == 1 and length <= window:
+            return None
+        sizes = (new, length, window)
+        if sizes not in self.masks:
+            seen = torch.ones(new, length, dtype=torch.bool).tril(length - new)
+            self.masks[sizes] = seen.triu(length - new - window + 1)
+        return self.masks[sizes]
+
+    def __repr__(self) -> str:  # type: ignore[override]  # torch's has an argument
+        """Say what it is, without looking into it."""
+        return f"PackedStates(of {len(self.pieces)} sequences)"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch's is none of a class, it says
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Refuse."""
+        del types, args, kwargs
+        raise TypeError(f"keys and values of several sequences in a row are no operand of {func}")
+
+
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -148,6 +238,10 @@ def attend(
         [rows, new, heads, size], and nothing.
     """
     plain = not (kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None)
+    if isinstance(key, PackedStates) and isinstance(value, PackedStates):
+        if not plain:
+            raise TypeError("sequences in one row can have no position_bias and no softcap")
+        return _attend_packed(query, key, value, kwargs.get("scaling")), None
     if isinstance(key, RaggedStates) and isinstance(value, RaggedStates):
         if plain and _masks_alike(query, key, attention_mask):
             return _attend_each(query, key, value, attention_mask, kwargs.get("scaling")), None
@@ -204,6 +298,49 @@ def _attend_each(
             )
             output[which] = found.transpose(1, 2)
     return output
+
+
+def _attend_packed(
+    query: torch.Tensor, keys: PackedStates, values: PackedStates, scale: float | None
+) -> torch.Tensor:
+    """Let each sequence attend to its own; returns [1, all new, heads, size]."""
+    asked_by = torch.split(query, [segment.positions for segment in keys.segments], dim=2)
+    own = zip(asked_by, keys.pieces, values.pieces, keys.segments, strict=True)
+    return torch.cat(
+        [
+            _attend_one(segment.unflat(asked), key, value, segment.new, keys, scale).flatten(0, 1)
+            for asked, key, value, segment in own
+        ]
+    )[None]
+
+
+def _attend_one(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    new: int,
+    keys: PackedStates,
+    scale: float | None,
+) -> torch.Tensor:
+    """Let one sequence attend; returns [rows, new, heads, size]."""
+    rows, heads = query.shape[:2]
+    groups, length = key.shape[1:3]
+    mask = keys.mask(new, length)
+    if new == 1:  # the heads of a group are its positions: see transformers' pack_gqa
+        packed = query.reshape(rows, groups, heads // groups, -1)
+        found = scaled_dot_product_attention(packed, key, value, mask, scale=scale)
+        return found.reshape(rows, 1, heads, -1)
+    whole = new == length and (keys.window is None or length <= keys.window)
+    found = scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        None if whole else mask,
+        is_causal=whole,
+        scale=scale,
+        enable_gqa=heads != groups,
+    )
+    return found.transpose(1, 2)
 
 
 def _own_masks(mask: torch.Tensor | None, keys: RaggedStates) -> list[torch.Tensor | None]:

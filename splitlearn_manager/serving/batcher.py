@@ -1,8 +1,13 @@
 """Whose turn it is: the steps of all sessions of one model, a forward at a time.
 
-Steps that can share a forward run as one batch; whoever comes while it runs is in the next
-(continuous batching).  Long steps (prompts) run alone, in pieces, and between two pieces every step
-that waits has its turn: so none waits longer than one piece.
+Steps that can share a forward run together; whoever comes while it runs is in the next (continuous
+batching).  Long steps (prompts) run in pieces.  Where the part can have sequences packed into one
+row, they are in the same forward as steps:
+
+    a round:  one forward of all steps that wait, and of pieces of prompts
+
+Elsewhere they run alone, and between two pieces every step that waits has its turn, so that none
+waits longer than one piece:
 
     a round:  one forward of all steps that wait together  ->  one piece of one prompt
 
@@ -108,6 +113,11 @@ class _Job:
     def new(self) -> int:
         return self.work.step.new
 
+    @property
+    def padded(self) -> bool:
+        """Whether it has, or its session had, a mask."""
+        return self.work.step.mask is not None or self.work.state.mask is not None
+
     def drop(self, answer: asyncio.Future[Outcome]) -> None:
         """Tell the model's thread that nobody waits, if so."""
         self.work.dropped = answer.cancelled()
@@ -140,6 +150,7 @@ class Batcher:
         self._managed = managed
         self._limits = limits
         self._joinable = joinable
+        self._packs = joinable.packed and limits.rows > 1
         self._metrics = metrics
         self._clock = clock
         self._on_turn = on_turn
@@ -213,25 +224,31 @@ class Batcher:
 
         By itself, so that nothing of it is kept while the next round is waited for.
         """
-        if jobs := self._next_steps():
+        jobs = self._next_steps()
+        pieces = self._next_pieces(jobs)
+        if pieces or (jobs and self._packed(jobs[0])):
+            await self._run_packed(jobs, pieces)
+        elif jobs:
             await self._run_steps(jobs)
-        if job := self._next_prompt():
+        if not (self._prompts and self._packed(self._prompts[0])) and (job := self._next_prompt()):
             await self._run_prompt(job)
 
     async def _gather(self) -> None:
         """Wait for a job, and a moment for those that are expected."""
         while not (self._steps or self._prompts):
             await self._arrival()
-        if self._prompts:
-            return
         left = self._pace.patience(self._clock())
         expected = min(self._pace.stepping, self._limits.rows)
         try:
             async with asyncio.timeout(max(left, 0)):
-                while len(self._steps) < expected and left > 0 and not self._prompts:
+                while len(self._steps) < expected and left > 0 and not self._runs_at_once():
                     await self._arrival()
         except TimeoutError:
             pass
+
+    def _runs_at_once(self) -> bool:
+        """Whether there is a prompt for whose piece steps need not be there."""
+        return bool(self._prompts) and not self._packs
 
     async def _arrival(self) -> None:
         """Wait for the next job."""
@@ -246,13 +263,47 @@ class Batcher:
         for job in self._steps:
             if job.answer.done():
                 continue
-            if not jobs or (job.new == jobs[0].new and rows + job.rows <= self._limits.rows):
+            fits = not jobs or rows + job.rows <= self._limits.rows
+            if fits and (not jobs or self._alike(job, jobs[0])):
                 jobs.append(job)
                 rows += job.rows
             else:
                 others.append(job)
         self._steps = others
         return jobs
+
+    def _packed(self, job: _Job) -> bool:
+        """Whether a job's positions are packed with those of others."""
+        return self._packs and not job.padded
+
+    def _alike(self, job: _Job, first: _Job) -> bool:
+        """Whether two steps can be in one forward."""
+        if self._packed(first):
+            return self._packed(job)
+        return job.new == first.new and not self._packed(job)
+
+    def _next_pieces(self, jobs: Sequence[_Job]) -> list[tuple[_Job, int]]:
+        """Take the prompts that have a piece in the forward of these steps, and how long it is.
+
+        The first one that waits always has: there may be as many steps as rows.
+        """
+        self._prompts = deque(job for job in self._prompts if not job.answer.done())
+        if jobs and not (self._packed(jobs[0]) and self._pace.knows_steps):
+            return []
+        short = all(job.new <= self._limits.piece for job in self._prompts)
+        room = self._pace.room(self._clock(), short=short, beside=bool(jobs))
+        rows = self._limits.rows - sum(job.rows for job in jobs)
+        taken: list[tuple[_Job, int]] = []
+        while self._prompts and self._packed(self._prompts[0]):
+            job = self._prompts[0]
+            if taken and job.rows > min(rows, room):
+                break
+            self._prompts.popleft()
+            new = max(min(job.new - job.work.done, room // job.rows), 1)
+            taken.append((job, new))
+            room -= new * job.rows
+            rows -= job.rows
+        return taken
 
     def _next_prompt(self) -> _Job | None:
         """Take the prompt whose turn it is."""
@@ -289,6 +340,29 @@ class Batcher:
         for job, outcome in zip(jobs, outcomes, strict=True):
             _settle(job, outcome)
 
+    async def _run_packed(self, jobs: Sequence[_Job], pieces: Sequence[tuple[_Job, int]]) -> None:
+        """Run steps and pieces of prompts together; answer those that are done."""
+        together = [*((job, job.new) for job in jobs), *pieces]
+        began = self._begin([job for job, _ in together])
+        works = [(job.work, new) for job, new in together]
+        outcomes: list[Outcome | Exception | None]
+        try:
+            outcomes = await self._managed.run(_packed, self._managed, works)
+        except Exception as error:  # noqa: BLE001 - it is the answer to all of them
+            outcomes = [error for _ in together]
+        ended = self._clock()
+        stepping = frozenset(id(job.work.state) for job in jobs)
+        positions = sum(new * job.rows for job, new in pieces)
+        self._pace.packed_ran(stepping, positions, ended - began, ended)
+        rows = sum(job.rows for job, _ in together if not job.work.dropped)
+        self._metrics.forward(self._managed.model_id, rows, ended - began)
+        ran = [(job, outcome) for (job, _), outcome in zip(together, outcomes, strict=True)]
+        self._prompts.extend(job for job, outcome in ran if outcome is None)
+        await self._tidy([job for job, outcome in ran[len(jobs) :] if outcome is not None])
+        for job, outcome in ran:
+            if outcome is not None:
+                _settle(job, outcome)
+
     async def _run_prompt(self, job: _Job) -> None:
         """Run a piece of a prompt; answer it, or let it wait for its next turn."""
         began = self._begin([job])
@@ -305,16 +379,17 @@ class Batcher:
         if outcome is None:
             self._prompts.append(job)
             return
-        await self._tidy(job)
+        await self._tidy([job])
         _settle(job, outcome)
 
-    async def _tidy(self, job: _Job) -> None:
+    async def _tidy(self, prompts: Sequence[_Job]) -> None:
         """Give back what the forwards of prompts have freed, once there were enough of them."""
-        self._untidy += job.new * job.rows
-        if self._untidy < (_VERY_UNTIDY if self._prompts else _UNTIDY):
+        self._untidy += sum(job.new * job.rows for job in prompts)
+        if not prompts or self._untidy < (_VERY_UNTIDY if self._prompts else _UNTIDY):
             return
         self._untidy = 0
-        job.work.pieces.clear()  # they are in the answer
+        for job in prompts:
+            job.work.pieces.clear()  # they are in the answer
         with suppress(ManagerError):  # the model is gone, and its memory with it
             await self._managed.run(return_freed_memory)
 
@@ -420,6 +495,15 @@ def _together(
 
     part: Part = managed.model
     return run_together(part, works, masked=masked)
+
+
+def _packed(
+    managed: AsyncManagedModel, pieces: list[tuple[Work, int]]
+) -> list[Outcome | Exception | None]:
+    from splitlearn_manager.serving.forward import run_packed  # noqa: PLC0415 - imports torch
+
+    part: Part = managed.model
+    return run_packed(part, pieces)
 
 
 def _piece(managed: AsyncManagedModel, work: Work, most: int) -> Outcome | None:

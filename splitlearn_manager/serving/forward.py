@@ -1,8 +1,9 @@
 """The forwards of steps: from the bytes of their frames to those of the answers.
 
 Everything here runs in the thread of a model.  A step runs alone, in one piece or in several, or
-together with steps of other sessions, as one batch.  Caches are filled in place; the rest of a
-session's `State` is only read: it belongs to the event loop.
+together with those of other sessions: packed into one row, pieces of any lengths, where the part
+can; else as one batch of equally long steps.  Caches are filled in place; the rest of a session's
+`State` is only read: it belongs to the event loop.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 from splitlearn_core.hidden_state import HiddenState
 from splitlearn_core.joined_cache import JoinedCache
+from splitlearn_core.packed_cache import PackedCache
 from splitlearn_core.session_attention import attends_in_place
 from splitlearn_manager.serving.cache_changes import trim
 from splitlearn_manager.serving.errors import BadStepError, NotFiniteError, StepFailedError
@@ -126,7 +128,7 @@ def run_piece(part: Part, work: Work, most: int) -> Outcome | None:
     inputs = work.begin()
     start = work.done
     stop = min(start + most, work.step.new)
-    mask = None if inputs.mask is None else inputs.mask[:, : work.state.length + stop]
+    mask = None if inputs.mask is None else inputs.mask[:, : work.state.length + stop].long()
     positions = inputs.positions
     output = _call(
         part,
@@ -140,6 +142,35 @@ def run_piece(part: Part, work: Work, most: int) -> Outcome | None:
     work.turn_ended(time.perf_counter())
     work.pieces.append(given)
     return _answer(work) if stop == work.step.new else None
+
+
+def run_packed(part: Part, pieces: Sequence[tuple[Work, int]]) -> list[Outcome | Exception | None]:
+    """Run pieces of steps of several sessions, each of any length, packed into one row.
+
+    One that can't be run fails alone: if the forward fails, each is run by itself.
+
+    Args:
+        part: Whose sessions they are.
+        pieces: Steps without masks, and at most how many of their positions to run.
+
+    Returns:
+        For each its outcome; `None` where some of its positions are left.
+    """
+    ready: list[tuple[Work, int]] = []
+    outcomes: dict[Work, Outcome | Exception | None] = {}
+    for work, most in pieces:
+        try:
+            _check_wanted(work)
+            work.begin()
+        except Exception as error:  # noqa: BLE001 - it is the answer to this step alone
+            outcomes[work] = error
+        else:
+            ready.append((work, min(most, work.step.new - work.done)))
+    if len(ready) > 1:
+        ready = _run_packed(part, ready, outcomes)
+    for work, new in ready:
+        outcomes[work] = _run_alone(part, work, new)
+    return [outcomes[work] for work, _ in pieces]
 
 
 def run_together(
@@ -167,7 +198,7 @@ def run_together(
     if len(ready) > 1:
         ready = _run_joined(part, ready, outcomes, masked=masked)
     for work in ready:
-        outcomes[work] = _run_alone(part, work)
+        outcomes[work] = _run_alone(part, work, work.step.new) or _not_done()
     return [outcomes[work] for work in works]
 
 
@@ -219,15 +250,61 @@ def _call_joined(
     return HiddenState.of(_call(part, given, mask, counted, joined))
 
 
-def _run_alone(part: Part, work: Work) -> Outcome | Exception:
-    """Run a whole step; return what it came to, an error included."""
+def _run_packed(
+    part: Part,
+    pieces: Sequence[tuple[Work, int]],
+    outcomes: dict[Work, Outcome | Exception | None],
+) -> list[tuple[Work, int]]:
+    """Run pieces in one row; return those that are to be run alone, because that failed."""
+    packed: PackedCache | None = None
+    started = time.perf_counter()
+    for work, _ in pieces:
+        work.turn_began(started)
     try:
-        outcome = run_piece(part, work, work.step.new)
+        with torch.inference_mode():
+            sizes = [(work.step.batch, new) for work, new in pieces]
+            packed = PackedCache([work.cache for work, _ in pieces], sizes)
+            output = _call_packed(part, pieces, packed)
+            _check_given(output, 0)
+            packed.commit()
+    except Exception:  # noqa: BLE001 - whose fault it is shows when each is run alone
+        if packed is not None:
+            packed.roll_back()
+        return list(pieces)
+    ended = time.perf_counter()
+    for (work, _), given in zip(pieces, packed.unpack(output), strict=True):
+        work.turn_ended(ended)
+        work.pieces.append(given)
+        outcomes[work] = _answer(work) if work.done == work.step.new else None
+    return []
+
+
+def _call_packed(
+    part: Part, pieces: Sequence[tuple[Work, int]], packed: PackedCache
+) -> HiddenState:
+    """Run the part on the positions of all pieces."""
+    given: list[HiddenState] = []
+    positions = packed.position_ids()
+    start = 0
+    for work, new in pieces:
+        inputs, done, stop = work.begin(), work.done, start + work.step.batch * new
+        given.append(inputs.given.between(done, done + new))
+        if inputs.positions is not None:
+            positions[:, start:stop] = inputs.positions[:, done : done + new].reshape(1, -1)
+        start = stop
+    return HiddenState.of(_call(part, packed.pack(given), packed.mask, positions, packed))
+
+
+def _run_alone(part: Part, work: Work, most: int) -> Outcome | Exception | None:
+    """Run a step, or a piece of it; return what it came to, an error included."""
+    try:
+        return run_piece(part, work, most)
     except Exception as error:  # noqa: BLE001 - it is the answer to this step alone
         return error
-    if outcome is None:
-        return RuntimeError("a step that was run as a whole is not done")
-    return outcome
+
+
+def _not_done() -> RuntimeError:
+    return RuntimeError("a step that was run as a whole is not done")
 
 
 def _call(
@@ -241,7 +318,7 @@ def _call(
     with torch.inference_mode():
         return part(
             given.handed_on,
-            attention_mask=None if mask is None else mask.to(torch.int64),
+            attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,

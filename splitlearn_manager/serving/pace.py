@@ -8,6 +8,9 @@ so that a step takes less than three times as long as usual, however long that g
 that fits into one chunk is soon done, and small pieces cost more than large ones: its pieces take
 more, and where several such prompts wait, each runs in one piece, so that forwards of steps soon
 have all their rows.
+
+Where pieces are in the same forward as steps (packed), they share what it costs to read the
+weights: a piece may be as small as it likes, and none has to run whole.
 """
 
 from __future__ import annotations
@@ -23,12 +26,18 @@ SHORT_SHARE = 4.0
 """Seconds of a piece of a prompt for each second of a forward of steps: of prompts that are longer
 than a chunk, and of the others."""
 
+PACKED_SHARE = 2.5
+"""Likewise, of short prompts in the same forward as steps: these then take 3.5 times as long."""
+
 _REMEMBERED = 4
 """Forwards of steps of which the shortest counts: one that was held up makes no piece longer."""
 
 WAITING_SHARE = 0.25
 LONGEST_WAIT = 0.02
 """How long to wait for clients that are expected: a share of the last forward, and seconds."""
+
+_LEAST_BEYOND = 0.1
+"""Share of a forward of steps and pieces that is the pieces', whatever its steps take alone."""
 
 RECENT = 2.0
 """Forwards of steps fall out of mind after so many times what the last one took, and at least so
@@ -43,7 +52,8 @@ class Pace:
         chunk: Most positions of a piece.
         seconds: Of the last forward of steps.
         ended: When it ended, on the batcher's clock.
-        per_position: Seconds of one row's position in the last piece of a prompt.
+        per_position: Seconds of one row's position in the last piece of a prompt, those of the
+            steps beside it aside.
     """
 
     chunk: int
@@ -64,6 +74,25 @@ class Pace:
         """Note a forward of so many positions of prompts, those of all rows counted."""
         self.per_position = seconds / positions
 
+    def packed_ran(
+        self, sessions: frozenset[int], positions: int, seconds: float, ended: float
+    ) -> None:
+        """Note a forward of steps of these sessions, and of so many positions of prompts."""
+        if not positions:
+            self.steps_ran(sessions, seconds, ended)
+        elif not sessions:
+            self.piece_ran(positions, seconds)
+        else:
+            self._last.append(sessions)
+            self.seconds, self.ended = seconds, ended
+            beyond = seconds - min(self._seconds, default=0)
+            self.piece_ran(positions, max(beyond, seconds * _LEAST_BEYOND))
+
+    @property
+    def knows_steps(self) -> bool:
+        """Whether it is known how long a forward of steps alone takes."""
+        return bool(self._seconds)
+
     @property
     def stepping(self) -> int:
         """Sessions whose steps were in the last two forwards: they are expected in the next."""
@@ -72,6 +101,24 @@ class Pace:
     def patience(self, now: float) -> float:
         """Return the seconds that are left to wait for whoever is expected."""
         return self.ended + min(self.seconds * WAITING_SHARE, LONGEST_WAIT) - now
+
+    def room(self, now: float, *, short: bool, beside: bool) -> int:
+        """Return how many positions of prompts go into one packed forward.
+
+        Args:
+            now: The batcher's clock.
+            short: Whether every prompt that waits fits into one chunk.
+            beside: Whether there are steps in it.
+        """
+        if (not beside and self._alone(now)) or not self.per_position or not self._seconds:
+            return self.chunk
+        share = PACKED_SHARE if short else LONG_SHARE
+        fair = int(share * min(self._seconds) / self.per_position)
+        return min(max(fair, SHORTEST_PIECE), self.chunk)
+
+    def _alone(self, now: float) -> bool:
+        """Whether nobody has stepped for a while."""
+        return now - self.ended > RECENT * max(self.seconds, 1)
 
     def piece(self, prompt: int, left: int, rows: int, short_prompts: int, now: float) -> int:
         """Return how many positions of a prompt to run now.
@@ -83,8 +130,7 @@ class Pace:
             short_prompts: Prompts that wait, this one included, and fit into one chunk.
             now: The batcher's clock.
         """
-        alone = now - self.ended > RECENT * max(self.seconds, 1)
-        if alone or not self.per_position or not self._seconds:
+        if self._alone(now) or not self.per_position or not self._seconds:
             return min(left, self.chunk)
         short = prompt <= self.chunk
         if short and short_prompts > 1:

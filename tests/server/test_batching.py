@@ -64,17 +64,27 @@ class Bench:
         return await self.table.open(Owner(), "trunk", **wishes)
 
     def start(
-        self, session: Session, hidden: torch.Tensor, positions: torch.Tensor | None = None
+        self,
+        session: Session,
+        hidden: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
     ) -> asyncio.Task[torch.Tensor]:
         """Send a step."""
-        return asyncio.create_task(self._step(session, hidden, positions))
+        return asyncio.create_task(self._step(session, hidden, positions, mask))
 
     async def _step(
-        self, session: Session, hidden: torch.Tensor, positions: torch.Tensor | None
+        self,
+        session: Session,
+        hidden: torch.Tensor,
+        positions: torch.Tensor | None,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
         tensors = [tensor_to_wire(TensorName.HIDDEN_STATES, hidden)]
         if positions is not None:
             tensors.append(tensor_to_wire(TensorName.POSITION_IDS, positions))
+        if mask is not None:
+            tensors.append(tensor_to_wire(TensorName.ATTENTION_MASK, mask.to(torch.uint8)))
         frame = Frame(Kind.STEP, 1, session.id, session.state.length, tensors=tuple(tensors))
         self.table.claim(session.owner, session.id)
         self.given.setdefault(session, []).append(HiddenState(hidden))
@@ -105,6 +115,16 @@ class Bench:
     def expected(self, trunk: SplitModel, session: Session) -> list[torch.Tensor]:
         with torch.inference_mode():
             return alone(trunk, self.given[session])
+
+
+@pytest.fixture(autouse=True, params=["packed", "joined"])
+def sharing(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How sessions share forwards; parts of some architectures can only be joined."""
+    found: str = request.param
+    if found == "joined":
+        real = batcher._joinable
+        monkeypatch.setattr(batcher, "_joinable", lambda m: real(m)._replace(packed=False))
+    return found
 
 
 @pytest.fixture(params=[BatchLimits(rows=8, piece=16)])
@@ -214,7 +234,7 @@ async def test_numbers_that_the_part_spoils_end_their_session_alone(
     def spoil(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         del module
         given = HiddenState.of(args[0]).tensor
-        bad = given[:, -1, 0] == 77.0
+        bad = given[..., 0] == 77.0
         return output * torch.nan if bad.any() else output
 
     gate = await bench.hold()
@@ -252,8 +272,10 @@ async def test_a_step_alone_is_equal_to_the_bit(bench: Bench, trunk: SplitModel)
     assert torch.equal(output, bench.expected(trunk, session)[-1])
 
 
-async def test_steps_of_several_positions_share_too(bench: Bench, trunk: SplitModel) -> None:
-    """A client that checks several tokens at once; others, of one token, have their own forward."""
+async def test_steps_of_several_positions_share_too(
+    bench: Bench, trunk: SplitModel, sharing: str
+) -> None:
+    """Clients that check several tokens at once; where they are joined, others wait."""
     sessions = await prompts(bench, [3, 9, 5, 4])
     gate = await bench.hold()
     sizes = [4, 1, 4, 1]
@@ -263,7 +285,97 @@ async def test_steps_of_several_positions_share_too(bench: Bench, trunk: SplitMo
 
     for session, output in zip(sessions, await asyncio.gather(*steps), strict=True):
         assert close(output, bench.expected(trunk, session)[-1])
-    assert bench.forwards.rows == [2, 2]
+    assert bench.forwards.rows == ([4] if sharing == "packed" else [2, 2])
+
+
+@pytest.mark.parametrize("sharing", ["packed"], indirect=True)
+async def test_prompts_and_steps_that_wait_are_one_forward(bench: Bench, trunk: SplitModel) -> None:
+    (stepping,) = await prompts(bench, [7])
+    await bench.start(stepping, hidden(1, seed=3))  # how long a step takes is known now
+    newcomers = [await bench.open() for _ in range(3)]
+    bench.forwards.rows.clear()
+    gate = await bench.hold()
+    steps = [bench.start(s, hidden(5, rows=2, seed=n)) for n, s in enumerate(newcomers)]
+    steps.append(bench.start(stepping, hidden(1)))
+    await _queued(bench, steps)
+    gate.set()
+
+    found = await asyncio.gather(*steps)
+    for session, output in zip((*newcomers, stepping), found, strict=True):
+        assert close(output, bench.expected(trunk, session)[-1])
+    assert bench.forwards.rows[0] >= 3
+    assert len(bench.forwards.rows) < 4
+
+
+@pytest.mark.parametrize("sharing", ["packed"], indirect=True)
+async def test_before_it_is_known_how_long_steps_take_they_run_without_prompts(
+    bench: Bench, trunk: SplitModel
+) -> None:
+    (stepping,) = await prompts(bench, [7])
+    newcomer = await bench.open()
+    gate = await bench.hold()
+    steps = [bench.start(newcomer, hidden(5)), bench.start(stepping, hidden(1))]
+    await _queued(bench, steps)
+    gate.set()
+
+    for session, output in zip((newcomer, stepping), await asyncio.gather(*steps), strict=True):
+        assert close(output, bench.expected(trunk, session)[-1])
+    assert bench.forwards.rows == [1, 1]
+
+
+@pytest.mark.parametrize("bench", [BatchLimits(rows=2, piece=16)], indirect=True)
+async def test_a_prompt_has_its_turn_beside_as_many_steps_as_there_may_be(
+    bench: Bench, trunk: SplitModel
+) -> None:
+    sessions = await prompts(bench, [3, 4])
+    await asyncio.gather(*(bench.start(s, hidden(1, seed=8)) for s in sessions))
+    newcomer = await bench.open()
+    gate = await bench.hold()
+    prompt = bench.start(newcomer, hidden(40))
+    await _queued(bench, [prompt])
+    turns = 0
+    while not prompt.done():
+        steps = [bench.start(s, hidden(1, seed=turns)) for s in sessions]
+        await _queued(bench, steps)
+        gate.set()
+        await asyncio.gather(*steps)
+        turns += 1
+        assert turns < 12
+
+    assert close(await prompt, bench.expected(trunk, newcomer)[-1])
+
+
+async def test_a_session_with_padding_shares_with_its_like(
+    bench: Bench, trunk: SplitModel, sharing: str
+) -> None:
+    """A mask can't be packed: such steps are joined, and such prompts run alone."""
+    padded, other = await bench.open(), await bench.open()
+    mask = torch.ones(2, 4, dtype=torch.int64)
+    mask[0, 0] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for session in (padded, other):
+        await bench.start(session, hidden(4, rows=2), positions, mask)
+    plain = (await prompts(bench, [3, 5]))[:1]
+    ends = positions[:, -1:] + 1
+    gate = await bench.hold()
+    steps = [bench.start(session, hidden(1, rows=2), ends) for session in (padded, other)]
+    steps += [bench.start(session, hidden(1)) for session in plain]
+    await _queued(bench, steps)
+    gate.set()
+    found = await asyncio.gather(*steps)
+
+    cache = trunk.new_cache()
+    with torch.inference_mode():
+        trunk(hidden(4, rows=2), attention_mask=mask, position_ids=positions, past_key_values=cache)
+        wanted = trunk(
+            hidden(1, rows=2),
+            attention_mask=torch.cat([mask, torch.ones(2, 1, dtype=torch.int64)], dim=1),
+            position_ids=ends,
+            past_key_values=cache,
+        )
+    assert all(close(output, wanted) for output in found[:2])
+    assert close(found[2], bench.expected(trunk, plain[0])[-1])
+    assert bench.forwards.rows == ([4, 1] if sharing == "packed" else [5])
 
 
 async def test_a_session_of_several_rows_takes_as_many(bench: Bench, trunk: SplitModel) -> None:
@@ -332,7 +444,8 @@ async def test_who_wants_to_know_hears_how_long_a_step_waited_and_ran(bench: Ben
 async def test_a_prompt_in_pieces_says_what_all_of_them_waited_and_ran(
     bench: Bench, trunk: SplitModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batcher.Pace, "piece", lambda *_: 16)  # however long a step takes here
+    for name in ("piece", "room"):  # however long a step takes here
+        monkeypatch.setattr(batcher.Pace, name, lambda *_, **__: 16)
     (session,) = await prompts(bench, [3])
     newcomer = await bench.open(timings=True)
     spans: list[tuple[int, float]] = []

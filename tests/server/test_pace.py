@@ -3,6 +3,7 @@ from __future__ import annotations
 from splitlearn_manager.serving.pace import (
     LONG_SHARE,
     LONGEST_WAIT,
+    PACKED_SHARE,
     RECENT,
     SHORT_SHARE,
     SHORTEST_PIECE,
@@ -94,3 +95,38 @@ def test_patience_is_a_share_of_a_forward() -> None:
     assert round(pace(1, seconds=0.01).patience(NOW), 9) == 0.01 * WAITING_SHARE
     assert round(pace(1, seconds=60).patience(NOW), 9) == LONGEST_WAIT
     assert pace(1).patience(NOW + 1) < 0
+
+
+def test_what_is_packed_beside_steps_takes_a_share_of_their_time() -> None:
+    assert pace(8).room(NOW, short=False, beside=True) == int(LONG_SHARE * 0.3 / 0.005)
+    assert pace(8).room(NOW, short=True, beside=True) == int(PACKED_SHARE * 0.3 / 0.005)
+    assert pace(8, seconds=0.001).room(NOW, short=True, beside=True) == SHORTEST_PIECE
+    assert pace(8, seconds=60).room(NOW, short=True, beside=True) == CHUNK
+
+
+def test_without_steps_a_packed_forward_has_room_for_a_chunk() -> None:
+    assert Pace(CHUNK).room(NOW, short=False, beside=False) == CHUNK
+    late = NOW + RECENT + 0.1
+    assert pace(8).room(late, short=False, beside=False) == CHUNK
+    assert pace(8).room(late, short=False, beside=True) < CHUNK
+    assert pace(8).room(NOW, short=False, beside=False) < CHUNK
+
+
+def test_what_steps_take_is_known_from_forwards_of_steps_alone() -> None:
+    found = Pace(CHUNK)
+    assert not found.knows_steps
+    found.packed_ran(frozenset(), 100, 0.5, NOW)
+    assert not found.knows_steps
+    assert found.per_position == 0.005
+    found.packed_ran(frozenset({1}), 0, 0.3, NOW)
+    assert found.knows_steps
+    found.packed_ran(frozenset({1, 2}), 50, 0.3 + 0.1, NOW + 1)
+    assert round(found.per_position, 9) == 0.1 / 50
+    assert (found.stepping, found.ended) == (2, NOW + 1)
+    assert found.room(NOW + 1, short=False, beside=True) in {239, 240}
+
+
+def test_pieces_that_seem_to_take_no_time_take_a_tenth_of_their_forward() -> None:
+    found = pace(1)
+    found.packed_ran(frozenset({1}), 50, 0.2, NOW)
+    assert round(found.per_position, 9) == 0.02 / 50

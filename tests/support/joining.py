@@ -13,7 +13,8 @@ from splitlearn_core import SplitModel
 from splitlearn_core.cache import PartCache
 from splitlearn_core.factory import load_component
 from splitlearn_core.hidden_state import HiddenState
-from splitlearn_core.joined_cache import JoinedCache, joinable
+from splitlearn_core.joined_cache import JoinedCache, joinable, joinable_cache
+from splitlearn_core.packed_cache import PackedCache
 from splitlearn_core.session_attention import attend_in_place, attends_in_place
 
 CUT = (2, 4)
@@ -85,6 +86,57 @@ def step(
     )
     joined.commit()
     return HiddenState.of(output).tensor
+
+
+TURNS = ((0, 1), (0, 1, 2), (1, 2, 3), (0, 1, 2, 3), (0, 2, 3), (0, 1, 2, 3), (1, 3))
+PIECE = 4
+"""Which sequences are in each packed forward, and of how many positions at most."""
+
+
+def packed(trunk: SplitModel, inputs: Sequence[Sequence[HiddenState]]) -> list[torch.Tensor]:
+    """Return what each sequence gets, all its positions, in forwards of packed pieces."""
+    caches = [joinable_cache(trunk) for _ in inputs]
+    left = [HiddenState.joined(list(sequence), dim=1) for sequence in inputs]
+    got: list[list[torch.Tensor]] = [[] for _ in inputs]
+    turns = [*TURNS, *([tuple(range(len(inputs)))] * 10)]
+    for turn in turns:
+        who = [number for number in turn if left[number].new]
+        if not who:
+            break
+        sizes = [(left[n].shape[0], min(PIECE + n % 2, left[n].new)) for n in who]
+        joined = PackedCache([caches[n] for n in who], sizes)
+        given = [left[n].between(0, new) for n, (_, new) in zip(who, sizes, strict=True)]
+        output = trunk(
+            joined.pack(given).handed_on,
+            attention_mask=joined.mask,
+            position_ids=joined.position_ids(),
+            past_key_values=joined,
+        )
+        joined.commit()
+        for n, found in zip(who, joined.unpack(HiddenState.of(output)), strict=True):
+            got[n].append(found.tensor)
+            left[n] = left[n].between(found.new, left[n].new)
+    assert not any(one.new for one in left)
+    return [torch.cat(pieces, dim=1) for pieces in got]
+
+
+def packed_difference(model_type: str) -> float | None:
+    """Return how far sequences that are packed are from those that run alone, at most.
+
+    Returns:
+        Relative to the largest number; `None` where they can't be packed.
+    """
+    bottom, trunk = load_ends(model_type)
+    attend_in_place(trunk)
+    if not joinable(trunk).packed:
+        return None
+    with torch.inference_mode():
+        inputs = hidden_states(bottom)
+        expected = [torch.cat(alone(trunk, sequence), dim=1) for sequence in inputs]
+        found = packed(trunk, inputs)
+    return max(
+        float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)
+    )
 
 
 def largest_difference(model_type: str) -> float | None:
