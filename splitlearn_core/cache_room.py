@@ -37,11 +37,18 @@ class Place(NamedTuple):
         keys: [rows, heads, space, size].
         values: Likewise.
         memory: What they are views of, if that fills as it is needed.
+        stride: Bytes there from a position to the next.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     memory: LazyMemory | None = None
+    stride: int = 0
+
+    def fill(self, end: int) -> None:
+        """Prepare to be written to, up to position `end`."""
+        if self.memory is not None:
+            self.memory.fill(end * self.stride)
 
 
 class _Kind(NamedTuple):
@@ -101,7 +108,6 @@ class CacheRoom:
             room = self._room = _room(self._layers, kind, end, keys.device)
         if room is None or kind != room.kind:
             return None
-        room.memory.fill(end * room.stride)
         return room.places[number]
 
     def forget(self) -> None:
@@ -114,15 +120,11 @@ class _Room(NamedTuple):
 
     Attributes:
         kind: What they are.
-        memory: Where they lie.
-        stride: Bytes from a position to the next.
         space: Positions that there is address space for.
         places: That of each layer.
     """
 
     kind: _Kind
-    memory: LazyMemory
-    stride: int
     space: int
     places: tuple[Place, ...]
 
@@ -135,7 +137,7 @@ def _room(layers: int, kind: _Kind, end: int, device: torch.device) -> _Room | N
     if memory is None:
         return None
     places = tuple(_places(memory, stride, kind, layers))
-    return _Room(kind, memory, stride, space, places)
+    return _Room(kind, space, places)
 
 
 def _stride(nbytes: int) -> int:
@@ -157,4 +159,4 @@ def _places(memory: LazyMemory, stride: int, kind: _Kind, layers: int) -> Iterat
             own = grid[:, offset : offset + kind.rows * heads * size]
             found.append(own.view(space, kind.rows, heads, size).permute(1, 2, 0, 3))
             offset += kind.rows * heads * size
-        yield Place(found[0], found[1], memory)
+        yield Place(found[0], found[1], memory, stride)

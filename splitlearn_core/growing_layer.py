@@ -52,15 +52,12 @@ class GrowingLayer(DynamicLayer):
             return grown
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        keys: Any = self.keys
-        values: Any = self.values
-        length = keys.shape[-2] if keys.numel() else 0
+        held: Any = (self.keys, self.values)
+        length = held[0].shape[-2] if held[0].numel() else 0
         end = length + key_states.shape[-2]
-        place = self._place = self._room.place(
-            self._number, key_states, value_states, end
-        ) or self._in_blocks(key_states, value_states, end)
-        self.keys = _appended(place.keys, keys, key_states, length)
-        self.values = _appended(place.values, values, value_states, length)
+        place = self._place_for(key_states, value_states, end)
+        self.keys = _appended(place.keys, held[0], key_states, length)
+        self.values = _appended(place.values, held[1], value_states, length)
         return self.keys, self.values
 
     def reset(self) -> None:
@@ -80,11 +77,21 @@ class GrowingLayer(DynamicLayer):
             return {}
         return {place.keys.untyped_storage().data_ptr(): place.memory.taken}
 
-    def _in_blocks(self, keys: torch.Tensor, values: torch.Tensor, end: int) -> Place:
-        """Return memory for `end` positions like these, that of before if it will do."""
+    def _place_for(self, keys: torch.Tensor, values: torch.Tensor, end: int) -> Place:
+        """Return where there is space for `end` positions like these, that of before if it will do.
+
+        A place in a room is looked for again where that one has none: others may be in a new one.
+        """
         own = self._place
-        if own is not None and own.memory is None and _holds(own, keys, end):
-            return own
+        if own is None or not _holds(own, keys, end):
+            own = self._room.place(self._number, keys, values, end)
+            own = self._place = own or self._in_blocks(keys, values, end)
+        own.fill(end)
+        return own
+
+    @staticmethod
+    def _in_blocks(keys: torch.Tensor, values: torch.Tensor, end: int) -> Place:
+        """Return memory for `end` positions like these."""
         space = -(-end // BLOCK) * BLOCK
         return Place(_empty(keys, space), _empty(values, space))
 
@@ -114,9 +121,8 @@ def _appended(
     if length and not _begins(held, room):
         same = held.untyped_storage().data_ptr() == room.untyped_storage().data_ptr()
         room[..., :length, :] = held.clone() if same else held
-    end = length + new.shape[-2]
-    room[..., length:end, :] = new
-    return room[..., :end, :]
+    torch.narrow(room, 2, length, new.shape[-2]).copy_(new)
+    return torch.narrow(room, 2, 0, length + new.shape[-2])
 
 
 def _begins(held: torch.Tensor, room: torch.Tensor) -> bool:
