@@ -24,6 +24,7 @@ from collections import Counter, deque
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+from weakref import WeakKeyDictionary
 
 from splitlearn_core.machine import return_freed_memory
 from splitlearn_manager.errors import ManagerError
@@ -136,6 +137,10 @@ class Batcher:
         metrics: Who counts.
         clock: Monotonic seconds.
         on_turn: Called with the turn of each step that was answered, in its caller's context.
+        pace: What is known of how long its forwards take.
+
+    Attributes:
+        sessions: How many the model has now.
     """
 
     def __init__(
@@ -146,7 +151,9 @@ class Batcher:
         metrics: ForwardMetrics,
         clock: Callable[[], float] = time.monotonic,
         on_turn: Callable[[Turn], None] | None = None,
+        pace: Pace | None = None,
     ) -> None:
+        self.sessions = 0
         self._managed = managed
         self._limits = limits
         self._joinable = joinable
@@ -157,7 +164,7 @@ class Batcher:
         self._steps: deque[_Job] = deque()
         self._prompts: deque[_Job] = deque()
         self._arrived = asyncio.Event()
-        self._pace = Pace(limits.piece)
+        self._pace = pace or Pace(limits.piece)
         self._untidy = 0
         self._task: asyncio.Task[None] | None = None
 
@@ -237,6 +244,8 @@ class Batcher:
         """Wait for a job, and a moment for those that are expected."""
         while not (self._steps or self._prompts):
             await self._arrival()
+        if self._packs and not self._steps:
+            await self._gather_prompts()
         left = self._pace.patience(self._clock())
         expected = min(self._pace.stepping, self._limits.rows)
         try:
@@ -245,6 +254,18 @@ class Batcher:
                     await self._arrival()
         except TimeoutError:
             pass
+
+    async def _gather_prompts(self) -> None:
+        """Wait a moment for prompts that come together: in one forward they cost less."""
+        while not self._steps and len(self._prompts) < self.sessions:
+            positions = sum(job.new * job.rows for job in self._prompts)
+            if positions >= self._limits.piece:
+                return
+            try:
+                async with asyncio.timeout(self._pace.company(positions)):
+                    await self._arrival()
+            except TimeoutError:
+                return
 
     def _runs_at_once(self) -> bool:
         """Whether there is a prompt for whose piece steps need not be there."""
@@ -425,26 +446,33 @@ class Batchers:
         self._clock = clock
         self._on_turn = on_turn
         self._running: dict[AsyncManagedModel, Batcher] = {}
-        self._users: Counter[AsyncManagedModel] = Counter()
+        self._paces: WeakKeyDictionary[AsyncManagedModel, Pace] = WeakKeyDictionary()
         self._ending: set[asyncio.Task[None]] = set()
 
     def take(self, managed: AsyncManagedModel) -> Batcher:
         """Return a load's batcher for one session more; it is started with the first."""
-        batcher = self._running.get(managed)
-        if batcher is None:
-            can = _joinable(managed)
-            batcher = Batcher(managed, self._limits, can, self._metrics, self._clock, self._on_turn)
-            batcher.start()
-            self._running[managed] = batcher
-        self._users[managed] += 1
+        batcher = self._running.get(managed) or self._start(managed)
+        batcher.sessions += 1
+        return batcher
+
+    def _start(self, managed: AsyncManagedModel) -> Batcher:
+        pace = self._paces.setdefault(managed, Pace(self._limits.piece))
+        pace.begin_anew()
+        can = _joinable(managed)
+        batcher = Batcher(
+            managed, self._limits, can, self._metrics, self._clock, self._on_turn, pace
+        )
+        batcher.start()
+        self._running[managed] = batcher
         return batcher
 
     def give_back(self, managed: AsyncManagedModel) -> None:
         """Count a session less; the batcher is stopped with the last."""
-        self._users[managed] -= 1
-        if not self._users[managed]:
-            del self._users[managed]
-            task = self._running.pop(managed).stop()
+        batcher = self._running[managed]
+        batcher.sessions -= 1
+        if not batcher.sessions:
+            del self._running[managed]
+            task = batcher.stop()
             self._ending.add(task)
             task.add_done_callback(self._ending.discard)
 

@@ -36,8 +36,15 @@ WAITING_SHARE = 0.25
 LONGEST_WAIT = 0.02
 """How long to wait for clients that are expected: a share of the last forward, and seconds."""
 
+COMPANY_SHARE = 0.02
+LONGEST_COMPANY_WAIT = 0.005
+"""How long a prompt waits for another to come with it: a share of what it takes, and seconds."""
+
 _LEAST_BEYOND = 0.1
 """Share of a forward of steps and pieces that is the pieces', whatever its steps take alone."""
+
+_TELLING = 64
+"""Positions of a forward that mainly takes what they take, and not what it takes anyway."""
 
 RECENT = 2.0
 """Forwards of steps fall out of mind after so many times what the last one took, and at least so
@@ -80,13 +87,17 @@ class Pace:
         """Note a forward of steps of these sessions, and of so many positions of prompts."""
         if not positions:
             self.steps_ran(sessions, seconds, ended)
-        elif not sessions:
-            self.piece_ran(positions, seconds)
-        else:
+            return
+        if sessions:
             self._last.append(sessions)
             self.seconds, self.ended = seconds, ended
+        if self._seconds or positions >= _TELLING:
             beyond = seconds - min(self._seconds, default=0)
             self.piece_ran(positions, max(beyond, seconds * _LEAST_BEYOND))
+
+    def begin_anew(self) -> None:
+        """Forget who stepped, and remember what forwards take."""
+        self._last.clear()
 
     @property
     def knows_steps(self) -> bool:
@@ -101,6 +112,10 @@ class Pace:
     def patience(self, now: float) -> float:
         """Return the seconds that are left to wait for whoever is expected."""
         return self.ended + min(self.seconds * WAITING_SHARE, LONGEST_WAIT) - now
+
+    def company(self, positions: int) -> float:
+        """Return the seconds to wait for another prompt, where so many positions wait to run."""
+        return min(positions * self.per_position * COMPANY_SHARE, LONGEST_COMPANY_WAIT)
 
     def room(self, now: float, *, short: bool, beside: bool) -> int:
         """Return how many positions of prompts go into one packed forward.
@@ -118,7 +133,7 @@ class Pace:
 
     def _alone(self, now: float) -> bool:
         """Whether nobody has stepped for a while."""
-        return now - self.ended > RECENT * max(self.seconds, 1)
+        return not self._last or now - self.ended > RECENT * max(self.seconds, 1)
 
     def piece(self, prompt: int, left: int, rows: int, short_prompts: int, now: float) -> int:
         """Return how many positions of a prompt to run now.

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from splitlearn_manager.serving.pace import (
+    COMPANY_SHARE,
     LONG_SHARE,
+    LONGEST_COMPANY_WAIT,
     LONGEST_WAIT,
     PACKED_SHARE,
     RECENT,
@@ -130,3 +132,26 @@ def test_pieces_that_seem_to_take_no_time_take_a_tenth_of_their_forward() -> Non
     found = pace(1)
     found.packed_ran(frozenset({1}), 50, 0.2, NOW)
     assert round(found.per_position, 9) == 0.02 / 50
+
+
+def test_what_is_known_of_a_model_outlives_its_sessions() -> None:
+    found = pace(8)
+    found.begin_anew()
+    assert found.stepping == 0
+    assert found.room(NOW, short=True, beside=False) == CHUNK
+    assert found.room(NOW, short=True, beside=True) == int(PACKED_SHARE * 0.3 / 0.005)
+
+
+def test_a_few_positions_alone_tell_nothing_of_what_more_would_take() -> None:
+    found = Pace(CHUNK)
+    found.packed_ran(frozenset(), 8, 0.3, NOW)
+    assert found.per_position == 0
+    found.packed_ran(frozenset({1}), 0, 0.3, NOW)
+    found.packed_ran(frozenset(), 8, 0.34, NOW)
+    assert round(found.per_position, 9) == 0.005
+
+
+def test_a_prompt_waits_for_company_for_a_share_of_what_it_takes() -> None:
+    assert round(pace(1).company(10), 9) == 10 * 0.005 * COMPANY_SHARE
+    assert pace(1).company(5000) == LONGEST_COMPANY_WAIT
+    assert Pace(CHUNK).company(10) == 0
