@@ -4,6 +4,8 @@ Everything here runs in the thread of a model, but for what a `Continuation` say
 anybody still wants it is set by the event loop, and looked at between forwards.
 
     a round:  one forward of every answer's next token  ->  pieces of prompts, as there is room
+
+Where the parts can have sequences packed into one row, that is a single forward.
 """
 
 from __future__ import annotations
@@ -107,6 +109,25 @@ class Decoder:
                 one.unwanted = True
         self.drop_unwanted()
 
+    def together(self) -> list[Event]:
+        """Run one forward for all answers and for pieces of prompts, where parts pack them.
+
+        Answers run without prompts until it is known how long that takes.
+        """
+        if self._running and not self._pace.knows_steps:
+            return self.step()
+        self.drop_unwanted()
+        running = self._running
+        pieces = self._pieces()
+        steps = [self._next(one) for one in running]
+        begun = [self._piece_step(job, length) for job, length in pieces]
+        began = self._clock()
+        self.chain.run([*steps, *begun])
+        ended = self._clock()
+        positions = sum(length for _, length in pieces)
+        self._pace.packed_ran(frozenset(map(id, running)), positions, ended - began, ended)
+        return self._stepped(running, steps) + self._prefilled(pieces, begun)
+
     # --- Answers ---------------------------------------------------------------------------
 
     def step(self) -> list[Event]:
@@ -118,11 +139,16 @@ class Decoder:
         began = self._clock()
         steps = [self._next(one) for one in running]
         self.chain.run(steps)
+        events = self._stepped(running, steps)
+        ended = self._clock()
+        self._pace.steps_ran(frozenset(map(id, running)), ended - began, ended)
+        return events
+
+    def _stepped(self, running: Sequence[Continuation], steps: Sequence[Step]) -> list[Event]:
+        """Give every answer the token that its step came to."""
         events, going = self._settle(running, steps)
         events += self._choose([one for one, _ in going], [logits_of(step) for _, step in going])
         self._running = [one for one in running if one.lane is not None]
-        ended = self._clock()
-        self._pace.steps_ran(frozenset(map(id, running)), ended - began, ended)
         return events
 
     def _next(self, one: Continuation) -> Step:
@@ -185,18 +211,32 @@ class Decoder:
     def prefill(self) -> list[Event]:
         """Run pieces of prompts; those that are done get the first tokens of their answers."""
         self.drop_unwanted()
-        room = self._piece
-        pieces = list(take_pieces(self._prompts, room, self._piece_of))
+        pieces = list(take_pieces(self._prompts, self._piece, self._piece_of))
         began = self._clock()
         steps = [self._piece_step(job, length) for job, length in pieces]
         self.chain.run(steps)
-        events: list[Event] = []
-        for (job, length), step in zip(pieces, steps, strict=True):
-            events += self._ran(job, length, step)
+        events = self._prefilled(pieces, steps)
         positions = sum(length for _, length in pieces)
         if positions:
             self._pace.piece_ran(positions, self._clock() - began)
         return events
+
+    def _prefilled(self, pieces: Sequence[tuple[Job, int]], steps: Sequence[Step]) -> list[Event]:
+        """Take down what pieces of prompts came to."""
+        events: list[Event] = []
+        for (job, length), step in zip(pieces, steps, strict=True):
+            events += self._ran(job, length, step)
+        return events
+
+    def _pieces(self) -> list[tuple[Job, int]]:
+        """Take the pieces of prompts that go into one packed forward with all answers."""
+        short = all(job.length <= self._piece for job in self._prompts)
+        room = self._pace.room(self._clock(), short=short, beside=bool(self._running))
+        return list(take_pieces(self._prompts, room, self._most_of, cut=True))
+
+    def _most_of(self, job: Job) -> int:
+        """Return how many positions of a prompt one forward may have, for its logits."""
+        return max(1, LOGITS // self.chain.vocabulary) if job.wanted.prompt_logprobs else job.left
 
     def _piece_of(self, job: Job) -> int:
         """Return how many positions of a prompt may run now."""
@@ -207,9 +247,7 @@ class Decoder:
             length = self._pace.piece(job.length, job.left, 1, short, self._clock())
         else:
             length = self._piece
-        if job.wanted.prompt_logprobs:
-            length = min(length, max(1, LOGITS // self.chain.vocabulary))
-        return length
+        return min(length, self._most_of(job))
 
     def _piece_step(self, job: Job, length: int) -> Step:
         if job.lane is None:

@@ -274,14 +274,15 @@ class Engine:
             self._memory.give_back(self._managed, self._admitted.pop(job, 0))
 
     async def _run(self, decoder: Decoder) -> None:
-        """Run a forward of all answers, and pieces of prompts."""
-        if decoder.running:
+        """Run a forward of all answers, and pieces of prompts, in it or after it."""
+        packs = decoder.has_prompts and decoder.chain.packs
+        if decoder.running or packs:
             began = self._clock()
-            made = self._tell(await self._managed.run(decoder.step))
+            made = self._tell(await self._managed.run(decoder.together if packs else decoder.step))
             if made:
                 seconds = self._clock() - began
                 self._metrics.generation_forward(self._managed.model_id, made, seconds)
-        if decoder.has_prompts:
+        if decoder.has_prompts and not packs:
             self._tell(await self._managed.run(decoder.prefill))
 
     async def _give_up(self, error: Exception) -> None:

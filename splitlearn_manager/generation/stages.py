@@ -1,13 +1,14 @@
 """The parts of a model one after the other, here and elsewhere, for many sequences at once.
 
 Everything here runs in the thread of a model.  A part that is here takes what can share a forward
-as one batch, and the rest one by one; one that is elsewhere is sent the steps of all sequences
-together, so that its server can do the same.  A sequence for which a part fails goes no further,
-and the others are not concerned.
+together, packed into one row or as one batch, and the rest one by one; one that is elsewhere is
+sent the steps of all sequences together, so that its server can do the same.  A sequence for which
+a part fails goes no further, and the others are not concerned.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +19,7 @@ import torch
 from splitlearn_core import SplitModel
 from splitlearn_core.hidden_state import HiddenState
 from splitlearn_core.joined_cache import JoinedCache, joinable, joinable_cache, takes_chunks
+from splitlearn_core.packed_cache import PackedCache
 from splitlearn_core.session_attention import attend_in_place
 from splitlearn_manager.client.remote_cache import RemoteStep
 
@@ -63,6 +65,11 @@ class Step:
         """Note how many positions there are: what parts give may be of the last ones alone."""
         self.new = self.given.new
 
+    @property
+    def kept(self) -> int:
+        """Of how many positions there will be logits."""
+        return min(self.keep, self.new) if self.keep else self.new
+
     def positions(self) -> torch.Tensor:
         """Return their position ids, int64 [1, new]."""
         start = self.lane.length
@@ -90,14 +97,19 @@ class LocalStage:
 
     def __init__(self, part: SplitModel) -> None:
         self.part = part
+        self._in_place = attend_in_place(part)
         self._can = joinable(part)
         self._last = part.spec.is_last
         self._holds = part.spec.num_layers > 0
-        self._in_place = attend_in_place(part)
 
     def new_cache(self) -> Any:
         """Return an empty cache."""
         return joinable_cache(self.part)
+
+    @property
+    def packs(self) -> bool:
+        """Whether steps of any lengths are one forward."""
+        return self._can.packed
 
     def keeps(self, cache: PartCache) -> bool:
         """Whether a cache that was filled holds something, or nothing belongs into it."""
@@ -106,8 +118,10 @@ class LocalStage:
     def advance(self, steps: Sequence[Step], caches: Sequence[Any]) -> None:
         """Run what can share a forward together, and the rest alone."""
         pairs = list(zip(steps, caches, strict=True))
+        if self.packs and len(pairs) > 1 and self._packed(pairs):
+            return
         shared = [pair for pair in pairs if self._shares(pair[0])]
-        if len(shared) > 1 and self._together(shared):
+        if not self.packs and len(shared) > 1 and self._together(shared):
             pairs = [pair for pair in pairs if not self._shares(pair[0])]
         for step, cache in pairs:
             _guard(step, partial(self._alone, step, cache))
@@ -117,6 +131,29 @@ class LocalStage:
 
     def _alone(self, step: Step, cache: Any) -> HiddenState:
         return self._call(step.given, None, step.positions(), cache, step.keep)
+
+    def _packed(self, pairs: Sequence[tuple[Step, PartCache]]) -> bool:
+        """Run steps in one row; `False` if that failed: whose fault it is shows when alone."""
+        steps = [step for step, _ in pairs]
+        packed = PackedCache([cache for _, cache in pairs], [(1, step.new) for step in steps])
+        try:
+            output = self._call(
+                packed.pack([step.given for step in steps]),
+                packed.mask if self._holds else None,
+                torch.cat([step.positions() for step in steps], dim=1),
+                packed if self._holds else None,
+                _kept(steps),
+            )
+        except Exception:  # noqa: BLE001 - see above
+            packed.roll_back()
+            return False
+        packed.commit()
+        start = 0
+        for step in steps:
+            stop = start + (step.kept if self._last else step.new)
+            step.given = output.between(start, stop)
+            start = stop
+        return True
 
     def _together(self, pairs: Sequence[tuple[Step, PartCache]]) -> bool:
         """Run a batch; `False` if that failed: whose fault it is shows when each runs alone."""
@@ -143,7 +180,7 @@ class LocalStage:
         mask: torch.Tensor | None,
         positions: torch.Tensor,
         cache: Any,
-        keep: int,
+        keep: int | torch.Tensor,
     ) -> HiddenState:
         """Run the part; its logits are a `HiddenState` as well."""
         wishes = {"logits_to_keep": keep} if self._last else {}
@@ -185,6 +222,14 @@ class RemoteStage:
                 step.given = HiddenState.of(answer)
 
 
+def _kept(steps: Sequence[Step]) -> torch.Tensor:
+    """Return where in a row of all steps logits are wanted, int64."""
+    ends = itertools.accumulate(step.new for step in steps)
+    return torch.cat(
+        [torch.arange(end - step.kept, end) for end, step in zip(ends, steps, strict=True)]
+    )
+
+
 def _guard(step: Step, run: Callable[[], HiddenState]) -> None:
     """Run a step by itself; what it raises is its own."""
     try:
@@ -200,6 +245,7 @@ class Chain:
     Attributes:
         stages: The parts; the last one is here.
         chunks: Whether a prompt may come in pieces.
+        packs: Whether pieces of prompts can be in the same forward as steps, in every part here.
         vocabulary: Tokens that there are.
         max_positions: Positions that the model was made for, if its config says.
         bytes_per_position: What the caches that are here take for each position; 0 if not known.
@@ -207,6 +253,7 @@ class Chain:
 
     stages: list[Stage]
     chunks: bool
+    packs: bool
     vocabulary: int
     max_positions: int | None
     bytes_per_position: int = field(default=0)
@@ -218,12 +265,15 @@ class Chain:
         here = [part for part in parts if isinstance(part, SplitModel)]
         last = here[-1]
         config: Any = last.config.get_text_config(decoder=True)
+        stages: list[Stage] = [
+            LocalStage(part) if isinstance(part, SplitModel) else RemoteStage(part)
+            for part in parts
+        ]
+        chunks = takes_chunks(last)
         return cls(
-            stages=[
-                LocalStage(part) if isinstance(part, SplitModel) else RemoteStage(part)
-                for part in parts
-            ],
-            chunks=takes_chunks(last),
+            stages=stages,
+            chunks=chunks,
+            packs=chunks and all(stage.packs for stage in stages if isinstance(stage, LocalStage)),
             vocabulary=int(config.vocab_size),
             max_positions=last.max_positions,
             bytes_per_position=sum(part.kv_bytes_per_position or 0 for part in here),

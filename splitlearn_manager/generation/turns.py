@@ -25,7 +25,7 @@ P = TypeVar("P", bound=Prompt)
 
 
 def take_pieces(
-    waiting: deque[P], room: int, piece_of: Callable[[P], int]
+    waiting: deque[P], room: int, piece_of: Callable[[P], int], *, cut: bool = False
 ) -> Iterator[tuple[P, int]]:
     """Take the prompts that have a piece in the next round, and say how long it is.
 
@@ -36,13 +36,16 @@ def take_pieces(
         waiting: The prompts, whose turn is next first; those with something left are put back.
         room: Positions of all pieces together, the first one's aside.
         piece_of: Returns how long a prompt's piece may be.
+        cut: Whether a piece may be any shorter, so that it still fits in.
     """
     again: list[P] = []
     taken = 0
     while waiting:
         prompt = waiting[0]
         piece = min(prompt.left, piece_of(prompt))
-        if taken and taken + piece > room:
+        if cut:
+            piece = min(piece, max(room - taken, 0 if taken else 1))
+        if taken and (taken + piece > room or not piece):
             break
         waiting.popleft()
         if prompt.left > piece:

@@ -75,8 +75,11 @@ def run(decoder: Decoder, jobs: list[Job]) -> list[Event]:
     decoder.take(jobs)
     events: list[Event] = []
     while not decoder.is_idle:
-        events += decoder.step()
-        events += decoder.prefill()
+        if decoder.chain.packs and decoder.has_prompts:
+            events += decoder.together()
+        else:
+            events += decoder.step()
+            events += decoder.prefill()
     return events
 
 
@@ -112,12 +115,53 @@ def test_answers_are_those_of_the_unsplit_model(model_type: str, piece: int) -> 
 def test_steps_are_shared(model_type: str) -> None:
     small = Small(model_type)
     rows: list[int] = []
-    small.split.top.register_forward_hook(lambda _, given, __: rows.append(given[0].shape[0]))
+    small.split.top.register_forward_hook(
+        lambda _, given, __: rows.append(given[0].shape[:2].numel())
+    )
     jobs = [Job(tuple(prompt), GREEDY, Wanted(NEW)) for prompt in small.prompts]
 
     run(decoder_of(small.split), jobs)
 
     assert rows.count(len(jobs)) == NEW - 1
+
+
+def test_prompts_and_answers_are_one_forward(llama: Small) -> None:
+    decoder = decoder_of(llama.split, piece=8)
+    seen: list[int] = []
+    jobs = [Job(tuple(llama.prompts[n]), GREEDY, Wanted(NEW)) for n in (0, 1, 3)]
+    decoder.take(jobs[:1])
+    events = decoder.together() + decoder.together()
+    handle = llama.split.top.register_forward_hook(
+        lambda _, given, __: seen.append(given[0].shape[1])
+    )
+
+    events += run(decoder, jobs[1:])
+
+    handle.remove()
+    assert seen[0] > 1  # the answer's next token, and some of the prompts
+    assert sum(seen) == sum(map(len, (llama.prompts[1], llama.prompts[3]))) + 3 * NEW - 4
+    assert [made(events, job) for job in jobs] == [llama.expected(list(j.tokens)) for j in jobs]
+
+
+def test_logits_are_those_of_the_positions_that_are_wanted(llama: Small) -> None:
+    """Of a packed row, Top computes what is told of, and what the next token is chosen from."""
+    told = Job(tuple(llama.prompts[3]), GREEDY, Wanted(1, logprobs=1, prompt_logprobs=True))
+    other = Job(tuple(llama.prompts[1]), GREEDY, Wanted(NEW))
+    decoder = decoder_of(llama.split)
+    sizes: list[int] = []
+    handle = llama.split.top.register_forward_hook(
+        lambda _, __, output: sizes.append(output.logits.shape[1])
+    )
+
+    events = run(decoder, [other, told])
+
+    handle.remove()
+    assert sizes[0] == 1 + len(told.tokens)
+    with torch.inference_mode():
+        expected = llama.unsplit(torch.tensor([told.tokens])).logits[0].log_softmax(-1)
+    (first,) = [event for event in events if isinstance(event, PromptTold)]
+    assert [one.top[0][0] for one in first.told] == expected[:-1].argmax(-1).tolist()
+    assert made(events, other) == llama.expected(list(other.tokens))
 
 
 def test_a_job_that_comes_later_joins(llama: Small) -> None:

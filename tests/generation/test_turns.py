@@ -49,3 +49,15 @@ def test_a_prompt_that_can_not_be_cut_has_a_round_of_its_own() -> None:
 
 def test_there_is_always_one_piece() -> None:
     assert rounds([Waits(5)], room=0, most=2) == [[(0, 2)], [(0, 2)], [(0, 1)]]
+
+
+def test_what_can_be_cut_fills_a_round() -> None:
+    waiting = deque([Waits(5), Waits(20), Waits(3)])
+    found = list(take_pieces(waiting, 8, lambda prompt: prompt.left, cut=True))
+    assert [(prompt.length, piece) for prompt, piece in found] == [(5, 5), (20, 3)]
+    assert [prompt.length for prompt in waiting] == [3, 20]
+
+
+def test_what_can_be_cut_has_a_position_where_there_is_no_room() -> None:
+    waiting = deque([Waits(5), Waits(3)])
+    assert [piece for _, piece in take_pieces(waiting, 0, lambda _: 5, cut=True)] == [1]
