@@ -246,14 +246,10 @@ class Batcher:
             await self._arrival()
         if self._packs and not self._steps:
             await self._gather_prompts()
-        left = self._pace.patience(self._clock())
         expected = min(self._pace.stepping, self._limits.rows)
-        try:
-            async with asyncio.timeout(max(left, 0)):
-                while len(self._steps) < expected and left > 0 and not self._runs_at_once():
-                    await self._arrival()
-        except TimeoutError:
-            pass
+        while len(self._steps) < expected and not self._runs_at_once():
+            if not await self._arrives_within(self._pace.patience(self._clock())):
+                return
 
     async def _gather_prompts(self) -> None:
         """Wait a moment for prompts that come together: in one forward they cost less."""
@@ -261,15 +257,23 @@ class Batcher:
             positions = sum(job.new * job.rows for job in self._prompts)
             if positions >= self._limits.piece:
                 return
-            try:
-                async with asyncio.timeout(self._pace.company(positions)):
-                    await self._arrival()
-            except TimeoutError:
+            if not await self._arrives_within(self._pace.company(positions)):
                 return
 
     def _runs_at_once(self) -> bool:
         """Whether there is a prompt for whose piece steps need not be there."""
         return bool(self._prompts) and not self._packs
+
+    async def _arrives_within(self, seconds: float) -> bool:
+        """Wait so long for the next job; return whether one came."""
+        if seconds <= 0:
+            return False
+        try:
+            async with asyncio.timeout(seconds):
+                await self._arrival()
+        except TimeoutError:
+            return False
+        return True
 
     async def _arrival(self) -> None:
         """Wait for the next job."""

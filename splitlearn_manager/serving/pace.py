@@ -36,6 +36,11 @@ WAITING_SHARE = 0.25
 LONGEST_WAIT = 0.02
 """How long to wait for clients that are expected: a share of the last forward, and seconds."""
 
+STRAGGLERS_SHARE = 0.05
+LONGEST_STRAGGLERS_WAIT = 0.004
+"""How long to wait after each that comes for the next one that is expected, likewise: the steps of
+a gateway's requests come together, long after the last forward."""
+
 COMPANY_SHARE = 0.02
 LONGEST_COMPANY_WAIT = 0.005
 """How long a prompt waits for another to come with it: a share of what it takes, and seconds."""
@@ -110,8 +115,11 @@ class Pace:
         return len(frozenset().union(*self._last))
 
     def patience(self, now: float) -> float:
-        """Return the seconds that are left to wait for whoever is expected."""
-        return self.ended + min(self.seconds * WAITING_SHARE, LONGEST_WAIT) - now
+        """Return the seconds to wait for the next one that is expected; 0 if none is."""
+        if self._alone(now):
+            return 0
+        left = self.ended + min(self.seconds * WAITING_SHARE, LONGEST_WAIT) - now
+        return max(left, min(self.seconds * STRAGGLERS_SHARE, LONGEST_STRAGGLERS_WAIT))
 
     def company(self, positions: int) -> float:
         """Return the seconds to wait for another prompt, where so many positions wait to run."""

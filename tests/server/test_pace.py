@@ -4,11 +4,13 @@ from splitlearn_manager.serving.pace import (
     COMPANY_SHARE,
     LONG_SHARE,
     LONGEST_COMPANY_WAIT,
+    LONGEST_STRAGGLERS_WAIT,
     LONGEST_WAIT,
     PACKED_SHARE,
     RECENT,
     SHORT_SHARE,
     SHORTEST_PIECE,
+    STRAGGLERS_SHARE,
     WAITING_SHARE,
     Pace,
 )
@@ -96,7 +98,10 @@ def test_those_of_the_last_two_forwards_are_expected() -> None:
 def test_patience_is_a_share_of_a_forward() -> None:
     assert round(pace(1, seconds=0.01).patience(NOW), 9) == 0.01 * WAITING_SHARE
     assert round(pace(1, seconds=60).patience(NOW), 9) == LONGEST_WAIT
-    assert pace(1).patience(NOW + 1) < 0
+    assert pace(1, seconds=0.01).patience(NOW + 1) == 0.01 * STRAGGLERS_SHARE
+    assert pace(1).patience(NOW + 1) == LONGEST_STRAGGLERS_WAIT
+    assert pace(1).patience(NOW + RECENT + 0.1) == 0
+    assert Pace(CHUNK).patience(NOW) == 0
 
 
 def test_what_is_packed_beside_steps_takes_a_share_of_their_time() -> None:
