@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import transformers
 from certifier import certify
-from joining import TOLERANCE, largest_difference
+from joining import TOLERANCE, largest_difference, packed_difference
 from tiny_models import LAYERS
 
 from splitlearn_core.families import KNOWN_TYPES, family_of
@@ -38,9 +38,13 @@ def _cut(rng: random.Random, points: int) -> tuple[int, ...]:
 def _wrong_with(model_type: str, cuts: list[tuple[int, ...]]) -> str:
     try:
         certify(model_type, family_of(model_type), cuts=cuts)
-        difference = largest_difference(model_type)
+        differences = {
+            "share forwards": largest_difference(model_type),
+            "are packed": packed_difference(model_type),
+        }
     except Exception as error:  # noqa: BLE001 - whatever it is, it is what is wrong
         return f"{type(error).__name__}: {error}"
-    if difference is not None and not difference <= TOLERANCE:  # not a number is wrong, too
-        return f"sequences that share forwards differ by {difference:.1e}"
+    for way, difference in differences.items():
+        if difference is not None and not difference <= TOLERANCE:  # not a number is wrong, too
+            return f"sequences that {way} differ by {difference:.1e}"
     return ""
