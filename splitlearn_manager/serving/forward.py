@@ -26,7 +26,7 @@ from splitlearn_manager.serving.tensors import tensor_from_wire, tensor_to_wire
 from splitlearn_manager.serving.wire import Frame, Kind, TensorName, WireTensor, encode
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 _MICRO = 1e6
 
@@ -156,16 +156,9 @@ def run_packed(part: Part, pieces: Sequence[tuple[Work, int]]) -> list[Outcome |
     Returns:
         For each its outcome; `None` where some of its positions are left.
     """
-    ready: list[tuple[Work, int]] = []
     outcomes: dict[Work, Outcome | Exception | None] = {}
-    for work, most in pieces:
-        try:
-            _check_wanted(work)
-            work.begin()
-        except Exception as error:  # noqa: BLE001 - it is the answer to this step alone
-            outcomes[work] = error
-        else:
-            ready.append((work, min(most, work.step.new - work.done)))
+    most = dict(pieces)
+    ready = [(work, min(most[work], work.step.new - work.done)) for work in _begun(most, outcomes)]
     if len(ready) > 1:
         ready = _run_packed(part, ready, outcomes)
     for work, new in ready:
@@ -185,8 +178,18 @@ def run_together(
         works: The steps.
         masked: Whether the part takes a mask (`splitlearn_core.joined_cache.Joinable`).
     """
+    outcomes: dict[Work, Outcome | Exception | None] = {}
+    ready = _begun(works, outcomes)
+    if len(ready) > 1:
+        ready = _run_joined(part, ready, outcomes, masked=masked)
+    for work in ready:
+        outcomes[work] = _run_alone(part, work, work.step.new)
+    return [outcomes[work] or _not_done() for work in works]
+
+
+def _begun(works: Iterable[Work], outcomes: dict[Work, Outcome | Exception | None]) -> list[Work]:
+    """Read what steps bring; return those that can be run, and say of the others why not."""
     ready: list[Work] = []
-    outcomes: dict[Work, Outcome | Exception] = {}
     for work in works:
         try:
             _check_wanted(work)
@@ -195,11 +198,7 @@ def run_together(
             outcomes[work] = error
         else:
             ready.append(work)
-    if len(ready) > 1:
-        ready = _run_joined(part, ready, outcomes, masked=masked)
-    for work in ready:
-        outcomes[work] = _run_alone(part, work, work.step.new) or _not_done()
-    return [outcomes[work] for work in works]
+    return ready
 
 
 def _check_wanted(work: Work) -> None:
@@ -209,7 +208,11 @@ def _check_wanted(work: Work) -> None:
 
 
 def _run_joined(
-    part: Part, works: list[Work], outcomes: dict[Work, Outcome | Exception], *, masked: bool
+    part: Part,
+    works: list[Work],
+    outcomes: dict[Work, Outcome | Exception | None],
+    *,
+    masked: bool,
 ) -> list[Work]:
     """Run steps as one batch; return those that are to be run alone, because that failed."""
     joined: JoinedCache | None = None

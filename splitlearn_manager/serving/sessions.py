@@ -24,7 +24,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from splitlearn_manager.errors import ManagerError
-from splitlearn_manager.serving.batcher import LONGEST_TOGETHER, Batchers, BatchLimits, Turn
+from splitlearn_manager.serving.batcher import LONGEST_TOGETHER, BatchLimits, Turn
+from splitlearn_manager.serving.batchers import Batchers
 from splitlearn_manager.serving.cache_memory import BLOCK, CacheMemory, bytes_for
 from splitlearn_manager.serving.claims import Claims, Quotas
 from splitlearn_manager.serving.errors import (

@@ -19,7 +19,7 @@ from splitlearn_core import SplitModel
 from splitlearn_core.hidden_state import HiddenState
 from splitlearn_manager import AsyncModelManager, ResourceManager
 from splitlearn_manager.observability import Metrics
-from splitlearn_manager.serving import batcher
+from splitlearn_manager.serving import batcher, batchers
 from splitlearn_manager.serving.batcher import BatchLimits
 from splitlearn_manager.serving.errors import BadStepError, NotFiniteError, StepFailedError
 from splitlearn_manager.serving.session import Session
@@ -122,8 +122,8 @@ def sharing(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     """How sessions share forwards; parts of some architectures can only be joined."""
     found: str = request.param
     if found == "joined":
-        real = batcher._joinable
-        monkeypatch.setattr(batcher, "_joinable", lambda m: real(m)._replace(packed=False))
+        real = batchers._joinable
+        monkeypatch.setattr(batchers, "_joinable", lambda m: real(m)._replace(packed=False))
     return found
 
 
