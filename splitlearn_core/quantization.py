@@ -26,6 +26,11 @@ COMPUTE_DTYPES = {
 """The dtypes of activations (and of the weights before they are packed) that each works with."""
 
 
+SCALED_BY_CALL = frozenset({INT8})
+"""Those whose error grows with the largest activation of a call, whosever it is: the first tokens
+of a prompt have the largest by far."""
+
+
 def check_quantization(name: str | None, device: str = "cpu") -> str | None:
     """Return the name of a quantization; `None` keeps the weights as they are.
 

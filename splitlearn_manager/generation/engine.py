@@ -275,14 +275,14 @@ class Engine:
 
     async def _run(self, decoder: Decoder) -> None:
         """Run a forward of all answers, and pieces of prompts, in it or after it."""
-        packs = decoder.has_prompts and decoder.chain.packs
-        if decoder.running or packs:
+        mixes = decoder.has_prompts and decoder.chain.mixes
+        if decoder.running or mixes:
             began = self._clock()
-            made = self._tell(await self._managed.run(decoder.together if packs else decoder.step))
+            made = self._tell(await self._managed.run(decoder.together if mixes else decoder.step))
             if made:
                 seconds = self._clock() - began
                 self._metrics.generation_forward(self._managed.model_id, made, seconds)
-        if decoder.has_prompts and not packs:
+        if decoder.has_prompts and not mixes:
             self._tell(await self._managed.run(decoder.prefill))
 
     async def _give_up(self, error: Exception) -> None:

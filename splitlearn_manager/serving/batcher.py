@@ -6,8 +6,9 @@ row, they are in the same forward as steps:
 
     a round:  one forward of all steps that wait, and of pieces of prompts
 
-Elsewhere they run alone, and between two pieces every step that waits has its turn, so that none
-waits longer than one piece:
+(where that would cost steps accuracy, pieces have a forward of their own in each round).  Elsewhere
+they run alone, and between two pieces every step that waits has its turn, so that none waits longer
+than one piece:
 
     a round:  one forward of all steps that wait together  ->  one piece of one prompt
 
@@ -231,11 +232,13 @@ class Batcher:
         By itself, so that nothing of it is kept while the next round is waited for.
         """
         jobs = self._next_steps()
-        pieces = self._next_pieces(jobs)
+        pieces = self._next_pieces(jobs) if self._joinable.mixed or not jobs else []
         if pieces or (jobs and self._packed(jobs[0])):
             await self._run_packed(jobs, pieces)
         elif jobs:
             await self._run_steps(jobs)
+        if jobs and not self._joinable.mixed and (pieces := self._next_pieces([])):
+            await self._run_packed([], pieces)
         if not (self._prompts and self._packed(self._prompts[0])) and (job := self._next_prompt()):
             await self._run_prompt(job)
 
@@ -312,6 +315,8 @@ class Batcher:
         The first one that waits always has: there may be as many steps as rows.
         """
         self._prompts = deque(job for job in self._prompts if not job.answer.done())
+        if not self._packs or not self._prompts:
+            return []
         if jobs and not (self._packed(jobs[0]) and self._pace.knows_steps):
             return []
         short = all(job.new <= self._limits.piece for job in self._prompts)

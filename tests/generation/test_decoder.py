@@ -75,7 +75,7 @@ def run(decoder: Decoder, jobs: list[Job]) -> list[Event]:
     decoder.take(jobs)
     events: list[Event] = []
     while not decoder.is_idle:
-        if decoder.chain.packs and decoder.has_prompts:
+        if decoder.chain.mixes and decoder.has_prompts:
             events += decoder.together()
         else:
             events += decoder.step()

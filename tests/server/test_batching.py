@@ -121,9 +121,9 @@ class Bench:
 def sharing(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     """How sessions share forwards; parts of some architectures can only be joined."""
     found: str = request.param
-    if found == "joined":
-        real = batchers._joinable
-        monkeypatch.setattr(batchers, "_joinable", lambda m: real(m)._replace(packed=False))
+    changes = {"packed": {}, "apart": {"mixed": False}, "joined": {"packed": False}}[found]
+    real = batchers._joinable
+    monkeypatch.setattr(batchers, "_joinable", lambda m: real(m)._replace(**changes))
     return found
 
 
@@ -305,6 +305,26 @@ async def test_prompts_and_steps_that_wait_are_one_forward(bench: Bench, trunk: 
         assert close(output, bench.expected(trunk, session)[-1])
     assert bench.forwards.rows[0] >= 3
     assert len(bench.forwards.rows) < 4
+
+
+@pytest.mark.parametrize("sharing", ["apart"], indirect=True)
+async def test_where_it_would_cost_accuracy_prompts_have_forwards_of_their_own(
+    bench: Bench, trunk: SplitModel
+) -> None:
+    (stepping,) = await prompts(bench, [7])
+    await bench.start(stepping, hidden(1, seed=3))
+    newcomers = [await bench.open() for _ in range(2)]
+    bench.forwards.rows.clear()
+    gate = await bench.hold()
+    steps = [bench.start(s, hidden(4, seed=n)) for n, s in enumerate(newcomers)]
+    steps.append(bench.start(stepping, hidden(1)))
+    await _queued(bench, steps)
+    gate.set()
+
+    found = await asyncio.gather(*steps)
+    for session, output in zip((*newcomers, stepping), found, strict=True):
+        assert close(output, bench.expected(trunk, session)[-1])
+    assert bench.forwards.rows == [1, 2]
 
 
 @pytest.mark.parametrize("sharing", ["packed"], indirect=True)
