@@ -20,8 +20,9 @@ from splitlearn_core.lazy_memory import LazyMemory, lazy_memory
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_SPACE = 1 << 30
-"""Bytes of address space that a cache has at least, so that few ever outgrow it."""
+_SPACES = (16 << 30, 1 << 30)
+"""Bytes of address space that a cache has at least, so that none outgrows it that a machine could
+hold many of; less where the system has no more."""
 
 _LINE = 64
 """Bytes of a line of the processor's caches."""
@@ -58,12 +59,14 @@ class _Kind(NamedTuple):
     keys: tuple[int, int]
     values: tuple[int, int]
     dtype: torch.dtype
+    device: torch.device
 
     @classmethod
     def of(cls, keys: torch.Tensor, values: torch.Tensor) -> _Kind:
         """Return that of keys and values [rows, heads, new, size]."""
         rows, heads, _, size = keys.shape
-        return cls(rows, (heads, size), (values.shape[1], values.shape[3]), keys.dtype)
+        of_values = (values.shape[1], values.shape[3])
+        return cls(rows, (heads, size), of_values, keys.dtype, keys.device)
 
     @property
     def nbytes(self) -> int:
@@ -102,10 +105,12 @@ class CacheRoom:
         Returns:
             `None` where there is no such memory, or it is not for such a layer.
         """
+        if keys.dtype != values.dtype:
+            return None
         kind = _Kind.of(keys, values)
         room = self._room
         if room is None or kind.rows != room.kind.rows or (kind == room.kind and end > room.space):
-            room = self._room = _room(self._layers, kind, end, keys.device)
+            room = self._room = _room(self._layers, kind, end)
         if room is None or kind != room.kind:
             return None
         return room.places[number]
@@ -129,22 +134,22 @@ class _Room(NamedTuple):
     places: tuple[Place, ...]
 
 
-def _room(layers: int, kind: _Kind, end: int, device: torch.device) -> _Room | None:
+def _room(layers: int, kind: _Kind, end: int) -> _Room | None:
     """Return room for `end` positions, and many more; `None` where there is no such memory."""
     stride = _stride(layers * kind.nbytes)
-    space = max(2 * end, _SPACE // stride) if stride else 0
-    memory = lazy_memory(space * stride, device)
-    if memory is None:
-        return None
-    places = tuple(_places(memory, stride, kind, layers))
-    return _Room(kind, space, places)
+    for nbytes in _SPACES:
+        space = max(2 * end, nbytes // stride) if stride else 0
+        memory = lazy_memory(space * stride, kind.device)
+        if memory is not None:
+            return _Room(kind, space, tuple(_places(memory, stride, kind, layers)))
+    return None
 
 
 def _stride(nbytes: int) -> int:
     """Return the distance of positions of so many bytes.
 
-    A layer's own of all positions should not lie at a few places of the processor's cache: the
-    distance is an odd number of lines.
+    A layer's own of all positions should not lie at a few places of the processor's cache: where
+    the distance would be an even number of lines, it is an odd one.
     """
     return nbytes if nbytes < _ALIASED or nbytes % (2 * _LINE) else nbytes + _LINE
 

@@ -30,8 +30,7 @@ class CacheSnapshot:
     def restore(self) -> None:
         """Let every layer be what it was."""
         for layer, attributes in self._layers:
-            layer.__dict__.clear()
-            layer.__dict__.update(attributes)
+            layer.__dict__ = dict(attributes)  # at once: others ask it for its size
 
 
 def copied(layer: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import mmap
 from contextlib import suppress
+from pathlib import Path
 from threading import Lock
 from typing import Any, Self
 
@@ -21,9 +22,9 @@ from splitlearn_core.page_sizes import HUGE, huge_pages_of, memory_of
 
 __all__ = ["LazyMemory", "lazy_memory"]
 
-_MOST = 40_000
-"""Mappings at once: a process of Linux may have 65,530 of all kinds, and each of these may become
-two, of which neighbours merge."""
+_MOST = 25_000
+"""Mappings at once: a process of Linux may have 65,530 of all kinds, and each of these becomes two
+with its first huge page."""
 
 _NO_RESERVE = 0x4000
 """MAP_NORESERVE of Linux, which Python has no name for: address space is not counted as memory."""
@@ -54,7 +55,22 @@ class _Mapping(mmap.mmap):
             type(self).live -= 1
 
 
-_CAN = all(hasattr(mmap, name) for name in ("MAP_ANONYMOUS", "MADV_NOHUGEPAGE"))  # Linux
+_OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
+_NEVER = "2"
+"""What stands there where all address space counts as memory: see proc(5)."""
+
+
+def _can() -> bool:
+    """Whether this is Linux, and address space costs nothing."""
+    if not all(hasattr(mmap, name) for name in ("MAP_ANONYMOUS", "MADV_NOHUGEPAGE")):
+        return False
+    try:
+        return _OVERCOMMIT.read_text(encoding="ascii").strip() != _NEVER
+    except OSError:
+        return True
+
+
+_CAN = _can()
 
 
 class LazyMemory:

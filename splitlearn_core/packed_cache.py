@@ -90,10 +90,6 @@ class PackedCache(PartCache):
             for segment in self._segments
         ]
 
-    def last_positions(self) -> torch.Tensor:
-        """Return where in the row the last position of each sequence's last row is, int64."""
-        return torch.tensor([segment.stop - 1 for segment in self._segments])
-
     def commit(self) -> None:
         """Take what the forward computed into every cache."""
         for cache, segment in zip(self._caches, self._segments, strict=True):

@@ -119,14 +119,17 @@ class Decoder:
         self.drop_unwanted()
         running = self._running
         pieces = self._pieces()
+        if not (running or pieces):
+            return []
         steps = [self._next(one) for one in running]
         begun = [self._piece_step(job, length) for job, length in pieces]
         began = self._clock()
         self.chain.run([*steps, *begun])
+        events = self._stepped(running, steps) + self._prefilled(pieces, begun)
         ended = self._clock()
         positions = sum(length for _, length in pieces)
         self._pace.packed_ran(frozenset(map(id, running)), positions, ended - began, ended)
-        return self._stepped(running, steps) + self._prefilled(pieces, begun)
+        return events
 
     # --- Answers ---------------------------------------------------------------------------
 

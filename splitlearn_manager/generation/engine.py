@@ -52,7 +52,7 @@ class EngineLimits:
 
     Attributes:
         rows: Most answers that get tokens at once.
-        piece: Most positions of prompts between two forwards of answers.
+        piece: Most positions of prompts in a forward of answers, or between two.
         waiting: Most requests that wait to be let in.
     """
 
@@ -278,7 +278,8 @@ class Engine:
         mixes = decoder.has_prompts and decoder.chain.mixes
         if decoder.running or mixes:
             began = self._clock()
-            made = self._tell(await self._managed.run(decoder.together if mixes else decoder.step))
+            events = await self._managed.run(decoder.together if mixes else decoder.step)
+            made = self._tell(events) - (_first_tokens(events) if mixes else 0)
             if made:
                 seconds = self._clock() - began
                 self._metrics.generation_forward(self._managed.model_id, made, seconds)
@@ -325,7 +326,8 @@ class Engine:
 
         Where nothing else is held that would be given back, the job fails.
         """
-        nbytes = bytes_for(decoder.chain.bytes_per_position, job.wanted.answers, job.positions)
+        each = sum(bytes_for(part, 1, job.positions) for part in decoder.chain.bytes_per_position)
+        nbytes = each * job.wanted.answers
         try:
             self._memory.grow(self._managed, nbytes)
         except NoMemoryError as error:
@@ -449,6 +451,12 @@ class Engines:
         """End all engines, whatever is left to do."""
         tasks = [engine.cancel() for engine in tuple(self._running.values())]
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _first_tokens(events: Iterable[Event]) -> int:
+    """Return how many prompts have their first token, which no answer's step has made."""
+    made = (event.continuation for event in events if isinstance(event, TokenMade))
+    return sum(len(one.tokens) == 1 for one in made)
 
 
 # What runs in the model's thread imports torch, which nobody has to wait for before.

@@ -253,7 +253,8 @@ class Chain:
         mixes: Whether pieces of prompts should be in the same forward as steps, in every part here.
         vocabulary: Tokens that there are.
         max_positions: Positions that the model was made for, if its config says.
-        bytes_per_position: What the caches that are here take for each position; 0 if not known.
+        bytes_per_position: What the cache of each part that is here takes for a position; 0 if not
+            known.
     """
 
     stages: list[Stage]
@@ -261,7 +262,7 @@ class Chain:
     mixes: bool
     vocabulary: int
     max_positions: int | None
-    bytes_per_position: int = field(default=0)
+    bytes_per_position: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, model: Any) -> Chain:
@@ -281,7 +282,7 @@ class Chain:
             mixes=chunks and all(stage.mixes for stage in stages if isinstance(stage, LocalStage)),
             vocabulary=int(config.vocab_size),
             max_positions=last.max_positions,
-            bytes_per_position=sum(part.kv_bytes_per_position or 0 for part in here),
+            bytes_per_position=tuple(part.kv_bytes_per_position or 0 for part in here),
         )
 
     def new_lane(self) -> Lane:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from splitlearn_core.machine import return_freed_memory
 from splitlearn_manager.errors import ManagerError
-from splitlearn_manager.serving.pace import Pace
+from splitlearn_manager.serving.pace import SHORTEST_PIECE, Pace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -57,8 +57,9 @@ class BatchLimits:
     """How far sessions share forwards.
 
     Attributes:
-        rows: Most rows of one forward; 1 runs every step alone and in one piece, which makes it
-            equal to the bit to the same forward anywhere else.
+        rows: Most rows of one forward, but for one prompt, which may come on top; 1 runs every step
+            alone and in one piece, which makes it equal to the bit to the same forward anywhere
+            else.
         piece: Most positions of a prompt in one forward.
     """
 
@@ -232,12 +233,12 @@ class Batcher:
         By itself, so that nothing of it is kept while the next round is waited for.
         """
         jobs = self._next_steps()
-        pieces = self._next_pieces(jobs) if self._joinable.mixed or not jobs else []
+        pieces = self._next_pieces(jobs) if not jobs or self._mixes(jobs[0]) else []
         if pieces or (jobs and self._packed(jobs[0])):
             await self._run_packed(jobs, pieces)
         elif jobs:
             await self._run_steps(jobs)
-        if jobs and not self._joinable.mixed and (pieces := self._next_pieces([])):
+        if jobs and not pieces and (pieces := self._next_pieces([])):
             await self._run_packed([], pieces)
         if not (self._prompts and self._packed(self._prompts[0])) and (job := self._next_prompt()):
             await self._run_prompt(job)
@@ -256,15 +257,15 @@ class Batcher:
     async def _gather_prompts(self) -> None:
         """Wait a moment for prompts that come together: in one forward they cost less."""
         while not self._steps and len(self._prompts) < self.sessions:
-            positions = sum(job.new * job.rows for job in self._prompts)
-            if positions >= self._limits.piece:
+            positions = sum(job.new * job.rows for job in self._prompts if self._packed(job))
+            if not positions or positions >= self._limits.piece:
                 return
             if not await self._arrives_within(self._pace.company(positions)):
                 return
 
     def _runs_at_once(self) -> bool:
         """Whether there is a prompt for whose piece steps need not be there."""
-        return bool(self._prompts) and not self._packs
+        return bool(self._prompts) and not self._packed(self._prompts[0])
 
     async def _arrives_within(self, seconds: float) -> bool:
         """Wait so long for the next job; return whether one came."""
@@ -303,6 +304,10 @@ class Batcher:
         """Whether a job's positions are packed with those of others."""
         return self._packs and not job.padded
 
+    def _mixes(self, job: _Job) -> bool:
+        """Whether pieces of prompts go into the forward of a step."""
+        return self._joinable.mixed and self._packed(job) and self._pace.knows_steps
+
     def _alike(self, job: _Job, first: _Job) -> bool:
         """Whether two steps can be in one forward."""
         if self._packed(first):
@@ -315,9 +320,7 @@ class Batcher:
         The first one that waits always has: there may be as many steps as rows.
         """
         self._prompts = deque(job for job in self._prompts if not job.answer.done())
-        if not self._packs or not self._prompts:
-            return []
-        if jobs and not (self._packed(jobs[0]) and self._pace.knows_steps):
+        if not self._prompts:
             return []
         short = all(job.new <= self._limits.piece for job in self._prompts)
         room = self._pace.room(self._clock(), short=short, beside=bool(jobs))
@@ -328,7 +331,10 @@ class Batcher:
             if taken and job.rows > min(rows, room):
                 break
             self._prompts.popleft()
-            new = max(min(job.new - job.work.done, room // job.rows), 1)
+            # A prompt without others runs with all its rows, each a whole piece long.
+            alone = not (jobs or taken) and room == self._limits.piece
+            most = room if alone else max(room // job.rows, SHORTEST_PIECE)
+            new = min(job.new - job.work.done, most)
             taken.append((job, new))
             room -= new * job.rows
             rows -= job.rows
@@ -380,17 +386,20 @@ class Batcher:
         except Exception as error:  # noqa: BLE001 - it is the answer to all of them
             outcomes = [error for _ in together]
         ended = self._clock()
-        stepping = frozenset(id(job.work.state) for job in jobs)
-        positions = sum(new * job.rows for job, new in pieces)
+        failed = [isinstance(outcome, Exception) for outcome in outcomes]
+        ran = [pair for pair, bad in zip(together, failed, strict=True) if not bad]
+        stepping = frozenset(id(job.work.state) for job, _ in ran if job in jobs)
+        positions = sum(new * job.rows for job, new in ran if job not in jobs)
         self._pace.packed_ran(stepping, positions, ended - began, ended)
         rows = sum(job.rows for job, _ in together if not job.work.dropped)
         self._metrics.forward(self._managed.model_id, rows, ended - began)
-        ran = [(job, outcome) for (job, _), outcome in zip(together, outcomes, strict=True)]
-        self._prompts.extend(job for job, outcome in ran if outcome is None)
-        await self._tidy([job for job, outcome in ran[len(jobs) :] if outcome is not None])
-        for job, outcome in ran:
-            if outcome is not None:
-                _settle(job, outcome)
+        answers = [(job, outcome) for (job, _), outcome in zip(together, outcomes, strict=True)]
+        for job, outcome in answers[: len(jobs)]:
+            _settle(job, outcome)
+        self._prompts.extend(job for job, outcome in answers if outcome is None)
+        await self._tidy([job for job, outcome in answers[len(jobs) :] if outcome is not None])
+        for job, outcome in answers[len(jobs) :]:
+            _settle(job, outcome)
 
     async def _run_prompt(self, job: _Job) -> None:
         """Run a piece of a prompt; answer it, or let it wait for its next turn."""
@@ -432,9 +441,9 @@ class Batcher:
         return now
 
 
-def _settle(job: _Job, outcome: Outcome | Exception) -> None:
-    """Give a job its answer, if anybody still waits for it."""
-    if job.answer.done():
+def _settle(job: _Job, outcome: Outcome | Exception | None) -> None:
+    """Give a job its answer, if it is done and anybody still waits for it."""
+    if outcome is None or job.answer.done():
         return
     if isinstance(outcome, Exception):
         job.answer.set_exception(outcome)

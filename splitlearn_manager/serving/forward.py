@@ -234,7 +234,7 @@ def _run_joined(
     for number, work in enumerate(works):
         work.turn_ended(ended)
         work.pieces.append(output.rows(joined.rows_of(number)))
-        outcomes[work] = _answer(work)
+        outcomes[work] = _finished(work)
     return []
 
 
@@ -278,7 +278,7 @@ def _run_packed(
     for (work, _), given in zip(pieces, packed.unpack(output), strict=True):
         work.turn_ended(ended)
         work.pieces.append(given)
-        outcomes[work] = _answer(work) if work.done == work.step.new else None
+        outcomes[work] = _finished(work) if work.done == work.step.new else None
     return []
 
 
@@ -302,6 +302,14 @@ def _run_alone(part: Part, work: Work, most: int) -> Outcome | Exception | None:
     """Run a step, or a piece of it; return what it came to, an error included."""
     try:
         return run_piece(part, work, most)
+    except Exception as error:  # noqa: BLE001 - it is the answer to this step alone
+        return error
+
+
+def _finished(work: Work) -> Outcome | Exception:
+    """Return what a step came to that was done beside others: an error is its own."""
+    try:
+        return _answer(work)
     except Exception as error:  # noqa: BLE001 - it is the answer to this step alone
         return error
 

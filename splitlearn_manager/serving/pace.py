@@ -19,7 +19,8 @@ from collections import deque
 from dataclasses import dataclass, field
 
 SHORTEST_PIECE = 8
-"""Positions; a shorter piece would cost as much time."""
+"""Positions; by itself a shorter piece would cost as much time, and beside steps prompts would
+never end."""
 
 LONG_SHARE = 1.6
 SHORT_SHARE = 4.0
@@ -31,6 +32,9 @@ PACKED_SHARE = 2.5
 
 _REMEMBERED = 4
 """Forwards of steps of which the shortest counts: one that was held up makes no piece longer."""
+
+_MOST_MIXED = 8
+"""Forwards of steps and prompts in a row, after which one of steps alone tells what these take."""
 
 WAITING_SHARE = 0.25
 LONGEST_WAIT = 0.02
@@ -62,7 +66,7 @@ class Pace:
 
     Attributes:
         chunk: Most positions of a piece.
-        seconds: Of the last forward of steps.
+        seconds: Of the last forward with steps in it.
         ended: When it ended, on the batcher's clock.
         per_position: Seconds of one row's position in the last piece of a prompt, those of the
             steps beside it aside.
@@ -73,10 +77,14 @@ class Pace:
     ended: float = 0.0
     per_position: float = 0.0
     _last: deque[frozenset[int]] = field(default_factory=lambda: deque(maxlen=2))
+    _mixed: int = 0
     _seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
 
     def steps_ran(self, sessions: frozenset[int], seconds: float, ended: float) -> None:
         """Note a forward of the steps of these sessions."""
+        if self._mixed:  # what was remembered is from before
+            self._seconds = deque(list(self._seconds)[-1:], self._seconds.maxlen)
+            self._mixed = 0
         self._last.append(sessions)
         self._seconds.append(seconds)
         self.seconds = seconds
@@ -90,10 +98,13 @@ class Pace:
         self, sessions: frozenset[int], positions: int, seconds: float, ended: float
     ) -> None:
         """Note a forward of steps of these sessions, and of so many positions of prompts."""
+        if not (sessions or positions):
+            return
         if not positions:
             self.steps_ran(sessions, seconds, ended)
             return
         if sessions:
+            self._mixed += 1
             self._last.append(sessions)
             self.seconds, self.ended = seconds, ended
         if self._seconds or positions >= _TELLING:
@@ -106,8 +117,8 @@ class Pace:
 
     @property
     def knows_steps(self) -> bool:
-        """Whether it is known how long a forward of steps alone takes."""
-        return bool(self._seconds)
+        """Whether it is known how long a forward of steps alone takes, and not from long ago."""
+        return bool(self._seconds) and self._mixed < _MOST_MIXED
 
     @property
     def stepping(self) -> int:

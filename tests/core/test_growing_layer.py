@@ -83,7 +83,7 @@ def test_in_blocks_a_step_copies_what_is_there_when_one_is_full(
 
 @on_linux
 def test_layers_share_a_room_and_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_room, "_SPACE", 600 * 2 * POSITION)
+    monkeypatch.setattr(cache_room, "_SPACES", (600 * 2 * POSITION,))
     layers = [GrowingLayer(), GrowingLayer()]
     share_room(layers)
     held = [DynamicLayer(), DynamicLayer()]

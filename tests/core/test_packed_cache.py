@@ -99,7 +99,6 @@ def test_rows_of_a_sequence_stand_one_behind_the_other() -> None:
     assert row.tensor.flatten().tolist() == [0, 1, 2, 3, 4, 5, 9]
     assert row.side["ids"].tolist() == [[0, 1, 2, 3, 4, 5, 9]]
     assert packed.position_ids().tolist() == [[0, 1, 2, 0, 1, 2, 0]]
-    assert packed.last_positions().tolist() == [5, 6]
     for found, given in zip(packed.unpack(row), (first, second), strict=True):
         assert torch.equal(found.tensor, given.tensor)
         assert torch.equal(found.side["ids"], given.side["ids"])
