@@ -153,6 +153,44 @@ def test_what_is_in_a_room_may_be_given_back_to_it_at_another_place() -> None:
     assert torch.equal(layer.keys[..., :4, :], wanted)
 
 
+@pytest.mark.parametrize(
+    ("nbytes", "stride"), [(256, 256), (4032, 4032), (4096, 4160), (6144, 6208), (8256, 8256)]
+)
+def test_positions_of_a_layer_do_not_meet_in_the_processors_cache(nbytes: int, stride: int) -> None:
+    assert cache_room._stride(nbytes) == stride
+
+
+@on_linux
+def test_values_of_another_dtype_keep_it() -> None:
+    layer = GrowingLayer()
+    keys, values = states(3)
+    with torch.no_grad():
+        layer.update(keys.bfloat16(), values)
+    assert torch.equal(layer.values, values)
+
+
+@on_linux
+def test_where_there_is_little_address_space_a_cache_has_less(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+    real = lazy_memory._Mapping
+
+    def limited(nbytes: int) -> Any:
+        asked.append(nbytes)
+        if nbytes > 2 << 30:
+            raise OSError("no room")
+        return real(nbytes)
+
+    limited.live = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(lazy_memory, "_Mapping", limited)
+    layer = GrowingLayer()
+    with torch.no_grad():
+        layer.update(*states(3))
+    assert [nbytes >> 30 for nbytes in asked] == [16, 1]
+    assert layer.memory()
+
+
 @on_linux
 def test_a_copy_has_a_room_of_its_own() -> None:
     layer = GrowingLayer()

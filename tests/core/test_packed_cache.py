@@ -8,7 +8,7 @@ import pytest
 import torch
 from joining import TOLERANCE, alone, hidden_states, load_ends, packed_difference
 
-from splitlearn_core import SplitModel
+from splitlearn_core import SplitModel, cache_room
 from splitlearn_core.cache import PartCache
 from splitlearn_core.factory import load_component
 from splitlearn_core.hidden_state import HiddenState
@@ -85,6 +85,35 @@ def test_a_forward_that_failed_half_way_leaves_no_trace() -> None:
         packed.commit()
         wanted = [alone(trunk, [one])[0] for one in inputs]
     assert [cache.length for cache in caches] == [one.new for one in inputs]
+    for found, other in zip(packed.unpack(output), wanted, strict=True):
+        assert (found.tensor - other).abs().max() / other.abs().max() <= TOLERANCE
+
+
+def test_what_was_there_is_there_after_a_forward_that_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where the caches had to move to a larger room meanwhile."""
+    monkeypatch.setattr(cache_room, "_SPACES", (1,))  # room for twice what comes
+    trunk, inputs, caches = _two_sequences()
+    layers: Any = trunk.model.get_submodule("model.layers")
+    with torch.inference_mode():
+        for cache, given in zip(caches, inputs, strict=True):
+            trunk(given.handed_on, past_key_values=cache)
+        before = [cache.layers[2].keys.clone() for cache in caches]
+        more = [HiddenState(given.tensor.repeat(1, 3, 1)) for given in inputs]
+        for fails in (True, False):
+            packed = PackedCache(caches, [(1, one.new) for one in more])
+            handle = layers[3].register_forward_pre_hook(_fails)
+            if fails:
+                with pytest.raises(ArithmeticError):
+                    _run(trunk, packed, more, packed.position_ids())
+                packed.roll_back()
+                assert all(map(torch.equal, [one.layers[2].keys for one in caches], before))
+            handle.remove()
+        output = _run(trunk, packed, more, packed.position_ids())
+        packed.commit()
+        wanted = [alone(trunk, pair)[1] for pair in zip(inputs, more, strict=True)]
+
     for found, other in zip(packed.unpack(output), wanted, strict=True):
         assert (found.tensor - other).abs().max() / other.abs().max() <= TOLERANCE
 

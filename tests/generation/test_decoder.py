@@ -12,6 +12,7 @@ from tiny_models import VOCABULARY, tiny_model
 
 from splitlearn_core import SplitCausalLM
 from splitlearn_core.factory import load_component
+from splitlearn_core.page_sizes import HUGE
 from splitlearn_core.quickstart import load_split_model
 from splitlearn_manager.generation.decoder import Decoder
 from splitlearn_manager.generation.errors import GenerationFailedError
@@ -24,7 +25,8 @@ from splitlearn_manager.generation.jobs import (
     TokenMade,
 )
 from splitlearn_manager.generation.sampling import Sampling, Wanted
-from splitlearn_manager.generation.stages import Chain
+from splitlearn_manager.generation.stages import Chain, Step, ids_of
+from splitlearn_manager.serving.cache_memory import bytes_for
 
 GREEDY = Sampling(temperature=0)
 NEW = 6
@@ -141,6 +143,27 @@ def test_prompts_and_answers_are_one_forward(llama: Small) -> None:
     assert seen[0] > 1  # the answer's next token, and some of the prompts
     assert sum(seen) == sum(map(len, (llama.prompts[1], llama.prompts[3]))) + 3 * NEW - 4
     assert [made(events, job) for job in jobs] == [llama.expected(list(j.tokens)) for j in jobs]
+
+
+def test_a_round_without_anybody_is_none(llama: Small) -> None:
+    decoder = decoder_of(llama.split)
+    job = Job(tuple(llama.prompts[0]), GREEDY, Wanted(NEW))
+    decoder.take([job])
+    job.continuations[0].unwanted = True
+
+    assert decoder.together() == []
+    assert not decoder._pace.knows_steps
+
+
+def test_what_is_reserved_is_what_the_caches_of_all_parts_take(llama: Small) -> None:
+    """Each part's is in huge pages of its own."""
+    chain = Chain.of(llama.split)
+    length = HUGE // 2 // chain.bytes_per_position[0] + 1
+    lane = chain.new_lane()
+    chain.run([Step(lane, ids_of([3] * length))])
+
+    assert [cache.allocated_nbytes for cache in lane.caches] == [HUGE] * 3
+    assert [bytes_for(part, 1, length) for part in chain.bytes_per_position] == [HUGE] * 3
 
 
 def test_logits_are_those_of_the_positions_that_are_wanted(llama: Small) -> None:

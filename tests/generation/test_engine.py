@@ -35,7 +35,7 @@ class FakeDecoder:
     """Gives each answer a token a step, of those that it was given; steps wait for the gate."""
 
     def __init__(self) -> None:
-        self.chain = SimpleNamespace(bytes_per_position=(POSITION,), mixes=False)
+        self.chain = SimpleNamespace(bytes_per_position=(POSITION - 8, 8), mixes=False)
         self.jobs: list[Job] = []
         self.rows: list[int] = []
         self.gate = threading.Event()

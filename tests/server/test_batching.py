@@ -43,10 +43,12 @@ class Forwards(Metrics):
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[int] = []
+        self.ran = asyncio.Event()
 
     def forward(self, model_id: str, rows: int, seconds: float) -> None:
         super().forward(model_id, rows, seconds)
         self.rows.append(rows)
+        self.ran.set()
 
 
 @dataclass
@@ -305,6 +307,76 @@ async def test_prompts_and_steps_that_wait_are_one_forward(bench: Bench, trunk: 
         assert close(output, bench.expected(trunk, session)[-1])
     assert bench.forwards.rows[0] >= 3
     assert len(bench.forwards.rows) < 4
+
+
+async def test_a_prompt_has_its_turn_beside_steps_that_it_can_not_share_with(
+    bench: Bench, trunk: SplitModel
+) -> None:
+    """Steps of a session with padding are never packed."""
+    padded, newcomer = await bench.open(), await bench.open()
+    mask = torch.ones(2, 4, dtype=torch.int64)
+    mask[0, 0] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    await bench.start(padded, hidden(4, rows=2), positions, mask)
+    gate = await bench.hold()
+    prompt = bench.start(newcomer, hidden(40))
+    await _queued(bench, [prompt])
+    turns = 0
+    while not prompt.done():
+        turns += 1
+        assert turns < 12
+        step = bench.start(padded, hidden(1, rows=2), positions[:, -1:] + turns)
+        await _queued(bench, [step])
+        gate.set()
+        await step
+
+    assert close(await prompt, bench.expected(trunk, newcomer)[-1])
+
+
+async def test_a_prompt_of_many_rows_alone_runs_in_whole_pieces(bench: Bench) -> None:
+    session = await bench.open()
+    await bench.start(session, hidden(40, rows=12))
+    assert bench.forwards.rows == [12, 12, 12]
+
+
+@pytest.mark.parametrize("sharing", ["packed"], indirect=True)
+async def test_steps_do_not_wait_until_what_prompts_have_freed_is_back(
+    bench: Bench, trunk: SplitModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_go = threading.Event()
+    monkeypatch.setattr(batcher, "_UNTIDY", 1)
+    monkeypatch.setattr(batcher, "return_freed_memory", lambda: let_go.wait(30))
+    stepping = await bench.open()
+    let_go.set()
+    await bench.start(stepping, hidden(3))
+    await bench.start(stepping, hidden(1, seed=2))
+    let_go.clear()
+    newcomer = await bench.open()
+    gate = await bench.hold()
+    steps = [bench.start(newcomer, hidden(5)), bench.start(stepping, hidden(1))]
+    await _queued(bench, steps)
+    gate.set()
+
+    assert close(await steps[1], bench.expected(trunk, stepping)[-1])
+    assert not steps[0].done()
+    let_go.set()
+    assert close(await steps[0], bench.expected(trunk, newcomer)[-1])
+
+
+@pytest.mark.parametrize("sharing", ["packed"], indirect=True)
+async def test_who_goes_in_the_middle_of_a_packed_prompt_is_forgotten(
+    bench: Bench, trunk: SplitModel
+) -> None:
+    goes, stays = await bench.open(), await bench.open()
+    first = bench.start(goes, hidden(120))
+    second = bench.start(stays, hidden(100, seed=1))
+    await bench.forwards.ran.wait()
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+
+    assert close(await second, bench.expected(trunk, stays)[-1])
+    assert len(bench.table) == 1
 
 
 @pytest.mark.parametrize("sharing", ["apart"], indirect=True)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pytest
+
 from splitlearn_manager.serving.pace import (
     COMPANY_SHARE,
     LONG_SHARE,
@@ -131,6 +133,29 @@ def test_what_steps_take_is_known_from_forwards_of_steps_alone() -> None:
     assert round(found.per_position, 9) == 0.1 / 50
     assert (found.stepping, found.ended) == (2, NOW + 1)
     assert found.room(NOW + 1, short=False, beside=True) in {239, 240}
+
+
+@pytest.mark.parametrize(("before", "now"), [(0.01, 0.1), (0.1, 0.01)])
+def test_steps_that_come_to_take_longer_or_less_are_found_out(before: float, now: float) -> None:
+    """While prompts never stop, a forward of steps alone comes between from time to time."""
+    found = pace(2, seconds=before, per_position=0.001)
+    both = frozenset({1, 2})
+    rooms = []
+    for turn in range(60):
+        if not found.knows_steps:
+            found.packed_ran(both, 0, now, NOW + turn)
+        room = found.room(NOW + turn, short=False, beside=True)
+        found.packed_ran(both, room, now + 0.001 * room, NOW + turn)
+        rooms.append(room)
+
+    fair = LONG_SHARE * now / 0.001
+    assert all(0.9 * fair <= room <= 1.1 * fair for room in rooms[30:])
+
+
+def test_a_forward_of_nobody_tells_nothing() -> None:
+    found = Pace(CHUNK)
+    found.packed_ran(frozenset(), 0, 0.001, NOW)
+    assert found == Pace(CHUNK)
 
 
 def test_pieces_that_seem_to_take_no_time_take_a_tenth_of_their_forward() -> None:
