@@ -238,7 +238,8 @@ class Batcher:
             await self._run_packed(jobs, pieces)
         elif jobs:
             await self._run_steps(jobs)
-        if jobs and not pieces and (pieces := self._next_pieces([])):
+        apart = jobs and not pieces and not self._mixes(jobs[0])
+        if apart and (pieces := self._next_pieces([])):
             await self._run_packed([], pieces)
         if not (self._prompts and self._packed(self._prompts[0])) and (job := self._next_prompt()):
             await self._run_prompt(job)
@@ -305,7 +306,10 @@ class Batcher:
         return self._packs and not job.padded
 
     def _mixes(self, job: _Job) -> bool:
-        """Whether pieces of prompts go into the forward of a step."""
+        """Whether pieces of prompts go into the forward of a step.
+
+        As long as it isn't known what steps take, they wait for one forward of steps alone.
+        """
         return self._joinable.mixed and self._packed(job) and self._pace.knows_steps
 
     def _alike(self, job: _Job, first: _Job) -> bool:

@@ -27,8 +27,8 @@ SHORT_SHARE = 4.0
 """Seconds of a piece of a prompt for each second of a forward of steps: of prompts that are longer
 than a chunk, and of the others."""
 
-PACKED_SHARE = 2.5
-"""Likewise, of short prompts in the same forward as steps: these then take 3.5 times as long."""
+PACKED_SHARE = 2.0
+"""Likewise, of short prompts in the same forward as steps: these then take 3 times as long."""
 
 _REMEMBERED = 4
 """Forwards of steps of which the shortest counts: one that was held up makes no piece longer."""

@@ -19,7 +19,7 @@ from splitlearn_core import SplitModel
 from splitlearn_core.hidden_state import HiddenState
 from splitlearn_manager import AsyncModelManager, ResourceManager
 from splitlearn_manager.observability import Metrics
-from splitlearn_manager.serving import batcher, batchers
+from splitlearn_manager.serving import batcher, batchers, pace
 from splitlearn_manager.serving.batcher import BatchLimits
 from splitlearn_manager.serving.errors import BadStepError, NotFiniteError, StepFailedError
 from splitlearn_manager.serving.session import Session
@@ -415,10 +415,13 @@ async def test_before_it_is_known_how_long_steps_take_they_run_without_prompts(
     assert bench.forwards.rows == [1, 1]
 
 
+@pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("bench", [BatchLimits(rows=2, piece=16)], indirect=True)
 async def test_a_prompt_has_its_turn_beside_as_many_steps_as_there_may_be(
-    bench: Bench, trunk: SplitModel
+    bench: Bench, trunk: SplitModel, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
+    if not known:  # what steps take: they fail, say
+        monkeypatch.setattr(pace, "_MOST_MIXED", 0)
     sessions = await prompts(bench, [3, 4])
     await asyncio.gather(*(bench.start(s, hidden(1, seed=8)) for s in sessions))
     newcomer = await bench.open()
