@@ -8,7 +8,8 @@ from splitlearn_manager.serving.pace import (
     LONGEST_COMPANY_WAIT,
     LONGEST_STRAGGLERS_WAIT,
     LONGEST_WAIT,
-    PACKED_SHARE,
+    PACKED_LONG_SHARE,
+    PACKED_SHORT_SHARE,
     RECENT,
     SHORT_SHARE,
     SHORTEST_PIECE,
@@ -107,8 +108,8 @@ def test_patience_is_a_share_of_a_forward() -> None:
 
 
 def test_what_is_packed_beside_steps_takes_a_share_of_their_time() -> None:
-    assert pace(8).room(NOW, short=False, beside=True) == int(LONG_SHARE * 0.3 / 0.005)
-    assert pace(8).room(NOW, short=True, beside=True) == int(PACKED_SHARE * 0.3 / 0.005)
+    assert pace(8).room(NOW, short=False, beside=True) == int(PACKED_LONG_SHARE * 0.3 / 0.005)
+    assert pace(8).room(NOW, short=True, beside=True) == int(PACKED_SHORT_SHARE * 0.3 / 0.005)
     assert pace(8, seconds=0.001).room(NOW, short=True, beside=True) == SHORTEST_PIECE
     assert pace(8, seconds=60).room(NOW, short=True, beside=True) == CHUNK
 
@@ -132,7 +133,7 @@ def test_what_steps_take_is_known_from_forwards_of_steps_alone() -> None:
     found.packed_ran(frozenset({1, 2}), 50, 0.3 + 0.1, NOW + 1)
     assert round(found.per_position, 9) == 0.1 / 50
     assert (found.stepping, found.ended) == (2, NOW + 1)
-    assert found.room(NOW + 1, short=False, beside=True) in {239, 240}
+    assert found.room(NOW + 1, short=False, beside=True) in {179, 180}
 
 
 @pytest.mark.parametrize(("before", "now"), [(0.01, 0.1), (0.1, 0.01)])
@@ -148,7 +149,7 @@ def test_steps_that_come_to_take_longer_or_less_are_found_out(before: float, now
         found.packed_ran(both, room, now + 0.001 * room, NOW + turn)
         rooms.append(room)
 
-    fair = LONG_SHARE * now / 0.001
+    fair = PACKED_LONG_SHARE * now / 0.001
     assert all(0.9 * fair <= room <= 1.1 * fair for room in rooms[30:])
 
 
@@ -169,7 +170,7 @@ def test_what_is_known_of_a_model_outlives_its_sessions() -> None:
     found.begin_anew()
     assert found.stepping == 0
     assert found.room(NOW, short=True, beside=False) == CHUNK
-    assert found.room(NOW, short=True, beside=True) == int(PACKED_SHARE * 0.3 / 0.005)
+    assert found.room(NOW, short=True, beside=True) == int(PACKED_SHORT_SHARE * 0.3 / 0.005)
 
 
 def test_a_few_positions_alone_tell_nothing_of_what_more_would_take() -> None:
