@@ -32,7 +32,8 @@ PACKED_SHORT_SHARE = 2.0
 """Likewise, of pieces in the same forward as steps, which then take 2.2 and 3 times as long."""
 
 _REMEMBERED = 4
-"""Forwards of steps of which the shortest counts: one that was held up makes no piece longer."""
+"""Forwards of steps of which the shortest counts, and packed pieces of which the dearest does: one
+that was held up makes none longer, nor one that seemed cheap."""
 
 _MOST_MIXED = 8
 """Forwards of steps and prompts in a row, after which one of steps alone tells what these take."""
@@ -69,8 +70,8 @@ class Pace:
         chunk: Most positions of a piece.
         seconds: Of the last forward with steps in it.
         ended: When it ended, on the batcher's clock.
-        per_position: Seconds of one row's position in the last piece of a prompt, those of the
-            steps beside it aside.
+        per_position: Seconds of one row's position in the last piece of a prompt; of packed ones,
+            in the dearest of the last few, what steps beside it take aside.
     """
 
     chunk: int
@@ -78,6 +79,7 @@ class Pace:
     ended: float = 0.0
     per_position: float = 0.0
     _last: deque[frozenset[int]] = field(default_factory=lambda: deque(maxlen=2))
+    _costs: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     _mixed: int = 0
     _seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
 
@@ -110,7 +112,8 @@ class Pace:
             self.seconds, self.ended = seconds, ended
         if self._seconds or positions >= _TELLING:
             beyond = seconds - min(self._seconds, default=0)
-            self.piece_ran(positions, max(beyond, seconds * _LEAST_BEYOND))
+            self._costs.append(max(beyond, seconds * _LEAST_BEYOND) / positions)
+            self.per_position = max(self._costs)
 
     def begin_anew(self) -> None:
         """Forget who stepped, and remember what forwards take."""
