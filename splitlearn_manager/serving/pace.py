@@ -10,7 +10,7 @@ more, and where several such prompts wait, each runs in one piece, so that forwa
 have all their rows.
 
 Where pieces are in the same forward as steps (packed), they share what it costs to read the
-weights: a piece may be as small as it likes, and none has to run whole.
+weights: small pieces cost little more than large ones, and none has to run whole.
 """
 
 from __future__ import annotations
