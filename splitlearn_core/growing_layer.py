@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,6 +70,14 @@ class GrowingLayer(DynamicLayer):
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy holds: it has a room of its own."""
         return {**self.__dict__, "_room": CacheRoom(1), "_number": 0, "_place": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GrowingLayer:
+        """Return a copy of what it holds alone: a tensor's own way copies all that it is a view of."""
+        other: GrowingLayer = object.__new__(type(self))
+        for name, value in self.__getstate__().items():
+            held = isinstance(value, torch.Tensor)
+            other.__dict__[name] = value.clone() if held else copy.deepcopy(value, memo)
+        return other
 
     def memory(self) -> dict[int, int]:
         """Return the bytes that its room takes, by the address of its storage."""
