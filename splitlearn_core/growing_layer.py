@@ -72,7 +72,7 @@ class GrowingLayer(DynamicLayer):
         return {**self.__dict__, "_room": CacheRoom(1), "_number": 0, "_place": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GrowingLayer:
-        """Return a copy of what it holds alone: a tensor's own way copies all that it is a view of."""
+        """Return a copy of what it holds; a tensor alone would copy all that it is a view of."""
         other: GrowingLayer = object.__new__(type(self))
         for name, value in self.__getstate__().items():
             held = isinstance(value, torch.Tensor)
