@@ -89,7 +89,7 @@ class GrowingLayer(DynamicLayer):
     def _place_for(self, keys: torch.Tensor, values: torch.Tensor, end: int) -> Place:
         """Return where there is space for `end` positions like these, that of before if it will do.
 
-        A place in a room is looked for again where that one has none: others may be in a new one.
+        Only where it will not, the room is asked: whoever outgrows it first makes a larger one.
         """
         own = self._place
         if own is None or not _holds(own, keys, end):

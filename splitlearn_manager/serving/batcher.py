@@ -390,10 +390,12 @@ class Batcher:
         except Exception as error:  # noqa: BLE001 - it is the answer to all of them
             outcomes = [error for _ in together]
         ended = self._clock()
-        failed = [isinstance(outcome, Exception) for outcome in outcomes]
-        ran = [pair for pair, bad in zip(together, failed, strict=True) if not bad]
-        stepping = frozenset(id(job.work.state) for job, _ in ran if job in jobs)
-        positions = sum(new * job.rows for job, new in ran if job not in jobs)
+        ran = [not isinstance(outcome, Exception) for outcome in outcomes]
+        stepping = frozenset(
+            id(job.work.state) for job, well in zip(jobs, ran, strict=False) if well
+        )
+        begun = zip(pieces, ran[len(jobs) :], strict=True)
+        positions = sum(new * job.rows for (job, new), well in begun if well)
         self._pace.packed_ran(stepping, positions, ended - began, ended)
         rows = sum(job.rows for job, _ in together if not job.work.dropped)
         self._metrics.forward(self._managed.model_id, rows, ended - began)
