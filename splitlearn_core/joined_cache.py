@@ -35,7 +35,6 @@ from splitlearn_core.cache import GhostLayer, PartCache
 from splitlearn_core.cache_snapshot import CacheSnapshot, copied
 from splitlearn_core.growing_layer import GrowingLayer
 from splitlearn_core.module_states import KEPT
-from splitlearn_core.quantization import SCALED_BY_CALL
 from splitlearn_core.session_attention import RaggedStates, attends_in_place
 
 if TYPE_CHECKING:
@@ -83,14 +82,12 @@ class Joinable(NamedTuple):
             none, as in transformers' own generation.
         packed: Whether steps and pieces of any lengths can be one forward
             (`splitlearn_core.packed_cache`).
-        mixed: Whether steps should be packed with pieces of prompts, which costs them no accuracy.
     """
 
     steps: bool
     chunks: bool
     mask: bool
     packed: bool = False
-    mixed: bool = False
 
 
 def joinable(part: SplitModel) -> Joinable:
@@ -104,8 +101,7 @@ def joinable(part: SplitModel) -> Joinable:
     looks_back = any(isinstance(layer, DynamicLayer) for layer in cache.layers)
     attention = kinds <= _ATTENTION
     packed = attention and attends_in_place(part) and _packs(part)
-    mixed = packed and part.quantization not in SCALED_BY_CALL
-    return Joinable(kinds <= _ATTENTION | _STATES, attention, looks_back, packed, mixed)
+    return Joinable(kinds <= _ATTENTION | _STATES, attention, looks_back, packed)
 
 
 def _packs(part: SplitModel) -> bool:

@@ -3,9 +3,9 @@
     prepacked   the same dtype, in the order that oneDNN computes in: the same figures but for
                 rounding
     fp16        weights as float16, activations float32 (FBGEMM)
-    int8        weights as int8 with a scale for each output, activations float32 that each call
-                quantizes by one scale of its own (FBGEMM): what a session gets then depends on
-                what is in its batch
+    int8        weights as int8 with a scale for each output; activations are rounded to 8 bits
+                by a scale for each position (oneDNN), so that they do not depend on what else is
+                in a batch
 
 All are for inference on a CPU, and nothing is changed unless one is asked for.
 """
@@ -21,14 +21,9 @@ QUANTIZATIONS = (PREPACKED, FP16, INT8)
 COMPUTE_DTYPES = {
     PREPACKED: ("float32", "bfloat16"),
     FP16: ("float32",),
-    INT8: ("float32",),
+    INT8: ("float32", "bfloat16"),
 }
 """The dtypes of activations (and of the weights before they are packed) that each works with."""
-
-
-SCALED_BY_CALL = frozenset({INT8})
-"""Those whose error grows with the largest activation of a call, whosever it is: the first tokens
-of a prompt have the largest by far."""
 
 
 def check_quantization(name: str | None, device: str = "cpu") -> str | None:

@@ -24,7 +24,8 @@ from transformers.pytorch_utils import Conv1D
 
 from splitlearn_core.dtypes import dtype_name
 from splitlearn_core.errors import QuantizationError
-from splitlearn_core.packed_linear import KERNELS, PackedLinear, check_kernel, packed_nbytes
+from splitlearn_core.linear_kernels import KERNELS, check_kernel, packed_nbytes
+from splitlearn_core.packed_linear import PackedLinear
 from splitlearn_core.quantization import dtype_refusal
 
 if TYPE_CHECKING:

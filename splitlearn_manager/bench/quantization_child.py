@@ -63,6 +63,7 @@ WAYS = (
     Way("float32", "int8"),
     Way("bfloat16"),
     Way("bfloat16", "prepacked"),
+    Way("bfloat16", "int8"),
 )
 
 

@@ -53,7 +53,7 @@ PACKED = (
     Kind("bfloat16", "prepacked"),
     Kind("float32", "prepacked"),
     Kind("float32", "fp16"),
-    Kind("float32", "int8"),
+    Kind("bfloat16", "int8"),
 )
 TARGETS = {
     (AS_IT_IS, 8): 0.9,

@@ -33,7 +33,7 @@ the largest number of it.  Another machine, number of threads or company in a fo
 order of sums; another model changes everything."""
 
 INT8_TOLERANCE = 0.3
-"""The same for layers packed as int8: the activations of all who share a call have one scale."""
+"""The same for layers packed as int8: a processor without VNNI rounds activations to 7 bits."""
 
 
 def tolerance_of(description: Description) -> float:

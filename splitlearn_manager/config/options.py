@@ -114,9 +114,8 @@ class PartOptions:
             it to be built.
         verbose: Log what was loaded at INFO instead of DEBUG.
         quantization: Keep the part's linear layers packed for fast inference on a CPU:
-            `prepacked` (the same dtype, float32 or bfloat16), `fp16` or `int8` weights (both with
-            dtype float32).  With `int8` the activations of a call share one scale, so that a
-            session's numbers depend on what it is batched with.  Nothing is packed by default.
+            `prepacked` (the same dtype) or `int8` weights, both with dtype float32 or bfloat16,
+            or `fp16` weights, with dtype float32.  Nothing is packed by default.
         chat_template: File with the Jinja template that `/v1/chat/completions` writes messages
             with, for a whole model whose tokenizer has none, or another one.  A relative path is
             relative to the working directory of the process.

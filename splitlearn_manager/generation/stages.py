@@ -111,11 +111,6 @@ class LocalStage:
         """Whether steps of any lengths are one forward."""
         return self._can.packed
 
-    @property
-    def mixes(self) -> bool:
-        """Whether steps should be packed with pieces of prompts."""
-        return self._can.mixed
-
     def keeps(self, cache: PartCache) -> bool:
         """Whether a cache that was filled holds something, or nothing belongs into it."""
         return not self._holds or cache.nbytes > 0
@@ -250,7 +245,7 @@ class Chain:
     Attributes:
         stages: The parts; the last one is here.
         chunks: Whether a prompt may come in pieces.
-        mixes: Whether pieces of prompts should be in the same forward as steps, in every part here.
+        mixes: Whether pieces of prompts can be in the same forward as steps, in every part here.
         vocabulary: Tokens that there are.
         max_positions: Positions that the model was made for, if its config says.
         bytes_per_position: What the cache of each part that is here takes for a position; 0 if not
@@ -279,7 +274,7 @@ class Chain:
         return cls(
             stages=stages,
             chunks=chunks,
-            mixes=chunks and all(stage.mixes for stage in stages if isinstance(stage, LocalStage)),
+            mixes=chunks and all(stage.packs for stage in stages if isinstance(stage, LocalStage)),
             vocabulary=int(config.vocab_size),
             max_positions=last.max_positions,
             bytes_per_position=tuple(part.kv_bytes_per_position or 0 for part in here),

@@ -310,7 +310,7 @@ class Batcher:
 
         As long as it isn't known what steps take, they wait for one forward of steps alone.
         """
-        return self._joinable.mixed and self._packed(job) and self._pace.knows_steps
+        return self._packed(job) and self._pace.knows_steps
 
     def _alike(self, job: _Job, first: _Job) -> bool:
         """Whether two steps can be in one forward."""

@@ -224,7 +224,7 @@ def _run_joined(
             in_place = attends_in_place(part)
             joined = JoinedCache([work.cache for work in works], in_place=in_place)
             output = _call_joined(part, works, joined, masked=masked)
-            _check_given(output, works[0].state.length)  # one row can spoil an int8 model's others
+            _check_given(output, works[0].state.length)
             joined.commit()
     except Exception:  # noqa: BLE001 - whose fault it is shows when each is run alone
         if joined is not None:

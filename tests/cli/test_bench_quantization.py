@@ -28,7 +28,13 @@ def test_a_quick_run_has_every_row_and_no_target(tmp_path: Path) -> None:
     rows = json.loads(result.stdout)["rows"]
     names = [row["name"] for row in rows]
     assert len(set(names)) == len(names)
-    for way in ("prepacked float32", "fp16 float32", "int8 float32", "prepacked bfloat16"):
+    for way in (
+        "prepacked float32",
+        "fp16 float32",
+        "int8 float32",
+        "prepacked bfloat16",
+        "int8 bfloat16",
+    ):
         mine = [name for name in names if f", {way}: " in name]
         assert len(mine) == 3 * 2 + 2 + 4, way
     assert all(row["value"] >= 0 and row["target"] is None for row in rows)

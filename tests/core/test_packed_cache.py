@@ -10,7 +10,6 @@ from joining import TOLERANCE, alone, hidden_states, load_ends, packed_differenc
 
 from splitlearn_core import SplitModel, cache_room
 from splitlearn_core.cache import PartCache
-from splitlearn_core.factory import load_component
 from splitlearn_core.hidden_state import HiddenState
 from splitlearn_core.joined_cache import joinable
 from splitlearn_core.packed_cache import PackedCache
@@ -41,18 +40,6 @@ def test_a_part_that_does_not_attend_in_place_can_not_be_packed() -> None:
     attend_in_place(trunk)
     assert joinable(trunk).packed
     assert not joinable(bottom).packed
-
-
-@pytest.mark.parametrize(("quantization", "mixed"), [(None, True), ("int8", False)])
-def test_prompts_are_not_mixed_with_steps_where_that_costs_accuracy(
-    quantization: str | None, mixed: bool
-) -> None:
-    part = load_component(
-        "builtin:demo", "trunk", [2, 4], dtype="float32", quantization=quantization
-    )
-    attend_in_place(part)
-    found = joinable(part)
-    assert (found.packed, found.mixed) == (True, mixed)
 
 
 def test_the_control_other_positions_give_another_result() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from splitlearn_core.packed_linear import KERNELS, PackedLinear
+from splitlearn_core.linear_kernels import KERNELS
+from splitlearn_core.packed_linear import PackedLinear
 from splitlearn_manager import AsyncModelManager, ModelConfig, ModelLoader, ResourceManager
 from splitlearn_manager.errors import (
     ConfigError,
@@ -44,7 +45,7 @@ def test_a_value_that_there_is_not(trunk: Callable[..., ModelConfig], quantizati
 @pytest.mark.parametrize(
     ("quantization", "changes", "message"),
     [
-        ("int8", {"dtype": "bfloat16"}, "int8 computes in float32, not in bfloat16"),
+        ("int8", {"dtype": "float16"}, "int8 computes in float32 or bfloat16, not in float16"),
         ("fp16", {"dtype": "float16"}, "fp16 computes in float32, not in float16"),
         ("prepacked", {"dtype": "float16"}, "prepacked computes in float32 or bfloat16, not"),
         ("int8", {"device": "cuda"}, "int8 is for the cpu, not for cuda"),
@@ -138,7 +139,7 @@ async def test_a_reload_packs_and_the_old_one_goes_and_so_does_the_new_one(
 async def test_loads_side_by_side_test_a_kernel_together(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("splitlearn_core.packed_linear._tested", set())
+    monkeypatch.setattr("splitlearn_core.linear_kernels._tested", set())
     configs = [
         ModelConfig(f"m{n}", str(tiny_checkpoint), config={"quantization": kind})
         for n, kind in enumerate(["int8", "fp16", "prepacked", "int8"])
@@ -157,7 +158,7 @@ async def test_a_machine_that_can_not_says_so_and_nothing_is_loaded_in_its_stead
     def missing(*_: object) -> None:
         raise RuntimeError("didn't find engine for operation quantized::linear_prepack")
 
-    monkeypatch.setattr("splitlearn_core.packed_linear._tested", set())
+    monkeypatch.setattr("splitlearn_core.linear_kernels._tested", set())
     monkeypatch.setattr(KERNELS["int8"], "pack", missing)
     async with AsyncModelManager() as manager:
         with pytest.raises(ModelFailedError, match=r"int8 can't be used here.*didn't find engine"):

@@ -123,7 +123,7 @@ class Bench:
 def sharing(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     """How sessions share forwards; parts of some architectures can only be joined."""
     found: str = request.param
-    changes = {"packed": {}, "apart": {"mixed": False}, "joined": {"packed": False}}[found]
+    changes = {"packed": {}, "joined": {"packed": False}}[found]
     real = batchers._joinable
     monkeypatch.setattr(batchers, "_joinable", lambda m: real(m)._replace(**changes))
     return found
@@ -228,7 +228,7 @@ async def test_the_first_bad_number_of_a_prompt_is_named(bench: Bench) -> None:
 async def test_numbers_that_the_part_spoils_end_their_session_alone(
     bench: Bench, trunk: SplitModel
 ) -> None:
-    """An int8 part has one scale for all rows of a call: NaN in one would be in all."""
+    """A forward that gives what is no number is taken apart: who spoilt it shows alone."""
     sessions = await prompts(bench, [3, 9, 5])
     marked = hidden(1, seed=1)
     marked[0, 0, 0] = 77.0
@@ -377,26 +377,6 @@ async def test_who_goes_in_the_middle_of_a_packed_prompt_is_forgotten(
 
     assert close(await second, bench.expected(trunk, stays)[-1])
     assert len(bench.table) == 1
-
-
-@pytest.mark.parametrize("sharing", ["apart"], indirect=True)
-async def test_where_it_would_cost_accuracy_prompts_have_forwards_of_their_own(
-    bench: Bench, trunk: SplitModel
-) -> None:
-    (stepping,) = await prompts(bench, [7])
-    await bench.start(stepping, hidden(1, seed=3))
-    newcomers = [await bench.open() for _ in range(2)]
-    bench.forwards.rows.clear()
-    gate = await bench.hold()
-    steps = [bench.start(s, hidden(4, seed=n)) for n, s in enumerate(newcomers)]
-    steps.append(bench.start(stepping, hidden(1)))
-    await _queued(bench, steps)
-    gate.set()
-
-    found = await asyncio.gather(*steps)
-    for session, output in zip((*newcomers, stepping), found, strict=True):
-        assert close(output, bench.expected(trunk, session)[-1])
-    assert bench.forwards.rows == [1, 2]
 
 
 @pytest.mark.parametrize("sharing", ["packed"], indirect=True)
