@@ -26,12 +26,8 @@ from splitlearn_core.factory import AUTO, find_model
 from splitlearn_core.headers import SINGLE_FILE
 from splitlearn_core.loading.files import stored_config
 from splitlearn_core.loading.opening import open_source
-from splitlearn_core.part_folder import (
-    MANIFEST_FILE,
-    FileRecord,
-    Manifest,
-    write_manifest,
-)
+from splitlearn_core.part_folder import write_manifest
+from splitlearn_core.part_manifest import MANIFEST_FILE, FileRecord, Manifest
 from splitlearn_core.plan import SplitPlan
 from splitlearn_core.shape import CONFIG_FILE
 from splitlearn_core.tensor_writer import TensorSpec, write_tensors

@@ -40,7 +40,8 @@ from splitlearn_core.loading.materialize import Placement
 from splitlearn_core.loading.opening import open_source
 from splitlearn_core.loading.whole import load_whole_model
 from splitlearn_core.machine import cuda_memory, host_memory
-from splitlearn_core.part_folder import load_part, saved_parts
+from splitlearn_core.part_folder import load_part
+from splitlearn_core.part_manifest import saved_parts
 from splitlearn_core.plan import FULL, SplitPlan
 from splitlearn_core.shape import shape_of
 from splitlearn_core.skeleton import build_skeleton

@@ -132,8 +132,9 @@ def find_files(
     """Return the files of a model.
 
     Args:
-        model_name_or_path: A folder; a `.pt`, `.pth`, `.bin` or `.safetensors` file with
-            `config.json` beside it; `builtin:NAME`; or a name on the hub (`owner/model`).
+        model_name_or_path: A folder, of a model or of saved parts; a `.pt`, `.pth`, `.bin` or
+            `.safetensors` file with `config.json` beside it; `builtin:NAME`; or a name on the hub
+            (`owner/model`).
         cache_dir: Where files of the hub are kept, see `cache_folder`.
         revision: Branch, tag or commit on the hub.
         token: For the hub; `None` uses `HF_TOKEN` or the login, `False` none at all.
@@ -149,7 +150,7 @@ def find_files(
         return FolderFiles(_builtin(name.removeprefix(BUILTIN_PREFIX)))
     path = user_path(name)
     if path.is_dir():
-        return FolderFiles(path)
+        return _folder(path)
     if path.is_file():
         return _single_file(path)
     if not _may_be_hub_name(name):
@@ -236,6 +237,13 @@ def _builtin(name: str) -> Path:
     if name not in known:
         raise ModelSourceError(f"no built-in model {name!r}; there is {', '.join(known)}")
     return _BUILTIN_FOLDER / name
+
+
+def _folder(path: Path) -> FolderFiles:
+    """Return the files of a model's folder, or of a folder with saved parts of one."""
+    from splitlearn_core.loading.parts_files import parts_files  # noqa: PLC0415 - builds on this
+
+    return parts_files(path) or FolderFiles(path)
 
 
 def _single_file(path: Path) -> FolderFiles:

@@ -9,6 +9,7 @@ from splitlearn_core.loading.files import SAFETENSORS_SUFFIX
 from splitlearn_core.loading.hub import HubFiles
 from splitlearn_core.loading.hub_source import open_hub_source
 from splitlearn_core.loading.minimind_files import MiniMindFiles
+from splitlearn_core.loading.parts_files import PartsFiles
 from splitlearn_core.loading.sources import (
     BIN_FILE,
     BIN_INDEX_FILE,
@@ -28,7 +29,7 @@ def open_source(files: CheckpointFiles) -> TensorSource:
     Raises:
         ModelSourceError: (a `FileNotFoundError`) There are no weights.
     """
-    if isinstance(files, MiniMindFiles):
+    if isinstance(files, MiniMindFiles | PartsFiles):
         return files.open()
     if files.weights_file is not None and files.weights_file.endswith(SAFETENSORS_SUFFIX):
         return SafetensorsSource.single(files, files.weights_file)

@@ -20,7 +20,7 @@ from splitlearn_core import CheckpointError, ModelFactory, ModelRegistry, SplitM
 from splitlearn_core.errors import ModelSourceError, UnsupportedModelError
 from splitlearn_core.factory import estimate_component, load_component
 from splitlearn_core.loading.files import cache_folder
-from splitlearn_core.part_folder import saved_parts
+from splitlearn_core.part_manifest import saved_parts
 from splitlearn_core.quickstart import (
     load_bottom_model,
     load_full_model,

@@ -12,7 +12,8 @@ import pytest
 
 from splitlearn_core import CheckpointError, SplitModel
 from splitlearn_core.factory import load_component
-from splitlearn_core.part_folder import check_part, saved_parts
+from splitlearn_core.part_folder import check_part
+from splitlearn_core.part_manifest import saved_parts
 
 
 def test_hashes_are_verified_when_asked_for(

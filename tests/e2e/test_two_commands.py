@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,25 @@ def expected_answer(model: object, text: str, new: int) -> str:
     )
     start = inputs.input_ids.shape[1]
     return str(tokenizer.decode(made[0, start:], skip_special_tokens=True))
+
+
+def test_bottom_and_top_are_all_that_is_needed_at_home(folder: Path, tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
+    written = run("split", folder, "--split-points", "2,4", "--out", parts)
+    assert written.returncode == 0, written.stderr
+    shutil.move(parts / "trunk", tmp_path / "server")
+
+    with served(tmp_path / "server", "--split", "2,4") as address:
+        made = run(
+            *("generate", parts, "--trunk", address, "--prompt", PROMPT, "--json"),
+            *("--max-new-tokens", 8),
+        )
+    alone = run("generate", parts, "--prompt", PROMPT)
+
+    assert made.returncode == 0, made.stderr
+    assert json.loads(made.stdout)["text"] == expected_text(folder, PROMPT, 8)
+    assert (alone.returncode, alone.stdout) == (2, "")
+    assert "(bottom [0, 2), top [4, 6)) lacks tensors that are needed" in alone.stderr
 
 
 def test_a_folder_is_served_and_talked_with(folder: Path, told: Told) -> None:

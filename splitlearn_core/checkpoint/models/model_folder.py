@@ -20,7 +20,7 @@ from splitlearn_core.dtypes import dtype_name
 from splitlearn_core.headers import SINGLE_FILE
 from splitlearn_core.loading.files import ADAPTER_CONFIG_FILE
 from splitlearn_core.loading.generation import GENERATION_CONFIG_FILE
-from splitlearn_core.part_folder import MANIFEST_FILE, FileRecord, Manifest
+from splitlearn_core.part_manifest import MANIFEST_FILE, FileRecord, Manifest
 from splitlearn_core.shape import CONFIG_FILE
 from splitlearn_core.split_model import SplitModel
 

@@ -21,7 +21,7 @@ from checkpoint_fuzz import (
 from checkpoint_fuzz.files import shown, weights_of
 from checkpoint_fuzz.mutations import MUTATIONS, Damage
 from checkpoint_fuzz.sound import LAYOUTS
-from splitlearn_core.part_folder import MANIFEST_FILE, FileRecord
+from splitlearn_core.part_manifest import MANIFEST_FILE, FileRecord
 
 # Importing them fills the table.
 _SOURCES = (

@@ -9,7 +9,7 @@ from typing import Any
 
 from checkpoint_fuzz.mutations import Damage, on
 from splitlearn_core.headers import SINGLE_FILE
-from splitlearn_core.part_folder import MANIFEST_FILE
+from splitlearn_core.part_manifest import MANIFEST_FILE
 from splitlearn_core.shape import CONFIG_FILE
 
 # By field; a dot leads into an object.
