@@ -53,6 +53,7 @@ class Decoder:
     Args:
         chain: Its parts.
         piece: Most positions of a prompt in one forward, and of all of them in one round.
+        pace: What forwards of this model were and took before.
         clock: Monotonic seconds.
     """
 
@@ -61,12 +62,13 @@ class Decoder:
         chain: Chain,
         *,
         piece: int,
+        pace: Pace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.chain = chain
         self._piece = piece
         self._clock = clock
-        self._pace = Pace(piece)
+        self._pace = Pace(piece) if pace is None else pace
         self._prompts: deque[Job] = deque()
         self._running: list[Continuation] = []
 

@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
+from weakref import WeakKeyDictionary
 
 from splitlearn_manager.core.failures import with_frames
 from splitlearn_manager.errors import ManagerError
@@ -30,6 +31,7 @@ from splitlearn_manager.generation.errors import (
 from splitlearn_manager.generation.jobs import Failed, TokenMade, ended_by, job_of
 from splitlearn_manager.serving.cache_memory import CacheMemory, bytes_for
 from splitlearn_manager.serving.errors import NoMemoryError
+from splitlearn_manager.serving.pace import Pace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -137,6 +139,7 @@ class Engine:
         memory: Where memory for caches is reserved.
         limits: How much at once.
         metrics: Who counts.
+        pace: What the model's forwards were and took before; the decoder keeps it.
         on_end: Called when there is nothing left to do: no more may be submitted.
         clock: Monotonic seconds.
     """
@@ -147,6 +150,7 @@ class Engine:
         memory: CacheMemory,
         limits: EngineLimits,
         metrics: GenerationMetrics,
+        pace: Pace,
         on_end: Callable[[], object],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -154,6 +158,7 @@ class Engine:
         self._memory = memory
         self._limits = limits
         self._metrics = metrics
+        self._pace = pace
         self._on_end = on_end
         self._clock = clock
         self._tickets: set[Ticket] = set()
@@ -249,10 +254,26 @@ class Engine:
         self._hold.release()
 
     async def _wait(self) -> None:
-        """Wait until there is something to do."""
+        """Wait until there is something to do, and a moment for prompts that come together."""
         while self._tickets and not (self._waiting or self._admitted):
             self._changed.clear()
             await self._changed.wait()
+        while not self._admitted and await self._more_come():
+            pass
+
+    async def _more_come(self) -> bool:
+        """Wait a moment for another prompt: in one forward they cost less; return if one came."""
+        positions = sum(job.length for job in self._waiting)
+        seconds = self._pace.company(positions)
+        if seconds <= 0 or positions >= self._limits.piece:
+            return False
+        self._changed.clear()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def _round(self) -> None:
         """Let in who can be, and run what there is to run."""
@@ -261,7 +282,7 @@ class Engine:
             decoder = self._decoder
             if decoder is None:
                 decoder = self._decoder = await self._managed.run(
-                    _decoder, self._managed, self._limits
+                    _decoder, self._managed, self._limits, self._pace
                 )
             self._admit(decoder)
             await self._run(decoder)
@@ -391,6 +412,7 @@ class Engines:
         self._metrics = metrics
         self._clock = clock
         self._running: dict[AsyncManagedModel, Engine] = {}
+        self._paces: WeakKeyDictionary[AsyncManagedModel, Pace] = WeakKeyDictionary()
 
     def submit(self, managed: AsyncManagedModel, jobs: Sequence[Job]) -> tuple[Engine, Ticket]:
         """Take a request on; whoever does is to `withdraw` the ticket in the end.
@@ -406,11 +428,18 @@ class Engines:
                 self.memory,
                 self._limits,
                 self._metrics,
+                self._pace_of(managed),
                 partial(self._running.pop, managed, None),
                 self._clock,
             )
             self._running[managed] = engine
         return engine, engine.submit(jobs)
+
+    def _pace_of(self, managed: AsyncManagedModel) -> Pace:
+        """Return what a load's forwards took, which is kept from one engine to the next."""
+        pace = self._paces.setdefault(managed, Pace(self._limits.piece))
+        pace.begin_anew()
+        return pace
 
     def usage(self) -> dict[str, tuple[int, int]]:
         """Return for each model how many prompts are being answered, and wait; in any thread."""
@@ -462,8 +491,8 @@ def _first_tokens(events: Iterable[Event]) -> int:
 # What runs in the model's thread imports torch, which nobody has to wait for before.
 
 
-def _decoder(managed: AsyncManagedModel, limits: EngineLimits) -> Decoder:
+def _decoder(managed: AsyncManagedModel, limits: EngineLimits, pace: Pace) -> Decoder:
     from splitlearn_manager.generation.decoder import Decoder  # noqa: PLC0415 - imports torch
     from splitlearn_manager.generation.stages import Chain  # noqa: PLC0415 - imports torch
 
-    return Decoder(Chain.of(managed.model), piece=limits.piece)
+    return Decoder(Chain.of(managed.model), piece=limits.piece, pace=pace)

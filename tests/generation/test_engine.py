@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +24,8 @@ from splitlearn_manager.generation.errors import (
 from splitlearn_manager.generation.jobs import Event, Failed, Job, Scored, TokenMade
 from splitlearn_manager.generation.sampling import Sampling, Wanted
 from splitlearn_manager.observability import Metrics
+from splitlearn_manager.serving import pace as pace_module
+from splitlearn_manager.serving.pace import Pace
 
 pytestmark = pytest.mark.anyio
 
@@ -41,6 +43,7 @@ class FakeDecoder:
         self.gate = threading.Event()
         self.gate.set()
         self.fails = False
+        self.taken: Callable[[], object] = lambda: None
 
     @property
     def running(self) -> int:
@@ -54,6 +57,7 @@ class FakeDecoder:
 
     def take(self, jobs: list[Job]) -> None:
         self.jobs += jobs
+        self.taken()
 
     def step(self) -> list[Event]:
         assert self.gate.wait(30)
@@ -125,6 +129,31 @@ async def finish(engine: Engine, ticket: Ticket) -> list[Event]:
 async def gone(engines: Engines) -> None:
     """Wait until no engine is left."""
     await until(lambda: not engines.usage())
+
+
+@pytest.mark.parametrize(("took", "rows"), [(1.0, [2]), (0.0, [1, 1])])
+async def test_prompts_that_come_together_begin_together(
+    place: Place, monkeypatch: pytest.MonkeyPatch, took: float, rows: list[int]
+) -> None:
+    """Where it is known what a position of theirs takes; with a whole piece none waits longer."""
+    monkeypatch.setattr(pace_module, "LONGEST_COMPANY_WAIT", 60.0)
+    engines = place.engines(piece=512)
+    engines._paces[place.managed] = Pace(512, per_position=took * 60)
+    admitted = asyncio.Event()
+    place.decoder.gate.clear()
+    place.decoder.taken = admitted.set
+    first = engines.submit(place.managed, [job(tokens=1, prompt=256)])
+    if took:
+        await asyncio.sleep(0)  # it waits for company
+    else:
+        await admitted.wait()
+    second = engines.submit(place.managed, [job(tokens=1, prompt=256)])
+    place.decoder.gate.set()
+
+    await asyncio.gather(finish(*first), finish(*second))
+
+    assert place.decoder.rows == rows
+    await gone(engines)
 
 
 async def test_requests_share_steps_and_nothing_is_left(place: Place) -> None:
