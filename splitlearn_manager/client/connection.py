@@ -170,11 +170,14 @@ class SessionConnection:
 
     # --- Sessions --------------------------------------------------------------------------
 
-    def open_session(self, *, rollback: bool = False) -> RemoteSession:
+    def open_session(
+        self, *, rollback: bool = False, traceparent: str | None = None
+    ) -> RemoteSession:
         """Open a session, which outlives this connection if the server lets it.
 
         Args:
             rollback: Whether its last step must always be possible to take back.
+            traceparent: The span that it belongs to; `None` takes the one that this runs in.
 
         Raises:
             RemoteError: The server refuses.
@@ -187,8 +190,8 @@ class SessionConnection:
             wishes: dict[str, Any] = {"resume": True}
             wishes |= {"rollback": True} if rollback else {}
             wishes |= {"timings": True} if self._timings else {}
-            if traceparent := trace_headers().get(TRACEPARENT):
-                wishes[TRACEPARENT] = traceparent
+            if named := traceparent or trace_headers().get(TRACEPARENT):
+                wishes[TRACEPARENT] = named
             try:
                 return self._open(Frame(Kind.OPEN, info=wishes))
             except RemoteSessionClosed as error:

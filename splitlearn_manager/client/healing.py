@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from splitlearn_manager.client.connection import RemoteSession
-    from splitlearn_manager.client.lasting import Want
+    from splitlearn_manager.client.lasting import LastingSession, Want
     from splitlearn_manager.client.replicas import Replica, Replicas
     from splitlearn_manager.config.retry import RetryPolicy
 
@@ -110,11 +110,16 @@ class Healer:
             self._heal(lost, incident)
             self._exchange(wants)
 
+    @staticmethod
+    def _opened(replica: Replica, lasting: LastingSession) -> RemoteSession:
+        """Open a session as it is wanted."""
+        return replica.open_session(rollback=lasting.rollback, traceparent=lasting.traceparent)
+
     def _open(self, want: Want) -> None:
         """Open a session that is to begin."""
         try:
             replica = self._replicas.current
-            want.lasting.session = replica.open_session(rollback=want.lasting.rollback)
+            want.lasting.session = self._opened(replica, want.lasting)
         except (RemoteError, RemoteUnavailable) as error:
             want.error = error
 
@@ -198,7 +203,7 @@ class Healer:
             return sessions, dict.fromkeys(wants, error)
         for want in wants:
             try:
-                sessions[want] = replica.open_session(rollback=want.lasting.rollback)
+                sessions[want] = self._opened(replica, want.lasting)
             except (RemoteError, RemoteUnavailable) as error:
                 failed[want] = error
         tolerance = tolerance_of(self._replicas.description)

@@ -20,6 +20,7 @@ class LastingSession:
 
     Args:
         limit: Bytes of history that are kept; 0 keeps none.
+        traceparent: The span that it belongs to; `None` takes the one that opens it.
 
     Attributes:
         session: Where it is now; `None` before its first step.
@@ -27,14 +28,15 @@ class LastingSession:
         history: What it was sent.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, traceparent: str | None = None) -> None:
         self.session: RemoteSession | None = None
         self.rollback = False
+        self.traceparent = traceparent
         self.history: History[torch.Tensor] = History(limit)
 
     def fork(self, session: RemoteSession | None) -> LastingSession:
         """Return another that holds the same, in a session of its own."""
-        other = LastingSession(self.history.limit)
+        other = LastingSession(self.history.limit, self.traceparent)
         other.session, other.rollback = session, self.rollback
         other.history = self.history.copy()
         return other

@@ -232,9 +232,14 @@ class RemoteTrunk:
 
     # --- What it does ----------------------------------------------------------------------
 
-    def new_cache(self) -> RemoteCache:
-        """Return an empty cache: a session on the server, from its first step on."""
-        return RemoteCache(self)
+    def new_cache(self, *, traceparent: str | None = None) -> RemoteCache:
+        """Return an empty cache: a session on the server, from its first step on.
+
+        Args:
+            traceparent: The span (W3C Trace Context) that the session belongs to; `None` takes the
+                one that its first step runs in.
+        """
+        return RemoteCache(self, traceparent)
 
     def __call__(
         self,
@@ -375,9 +380,9 @@ class RemoteTrunk:
 
     # --- Its sessions ----------------------------------------------------------------------
 
-    def _new_session(self) -> LastingSession:
+    def _new_session(self, traceparent: str | None = None) -> LastingSession:
         """Return a session that is opened by its first step."""
-        return LastingSession(self._history_limit)
+        return LastingSession(self._history_limit, traceparent)
 
     def _ask(self, wants: Sequence[Want]) -> None:
         """Ask something of sessions."""

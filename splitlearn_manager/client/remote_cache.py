@@ -61,9 +61,9 @@ class RemoteCache:
         trunk: The part whose cache it is.
     """
 
-    def __init__(self, trunk: RemoteTrunk) -> None:
+    def __init__(self, trunk: RemoteTrunk, traceparent: str | None = None) -> None:
         self.trunk = trunk
-        self._lasting = trunk._new_session()  # noqa: SLF001 - two halves of one thing
+        self._lasting = trunk._new_session(traceparent)  # noqa: SLF001 - two halves of one thing
         self._length = 0
         self._batch: int | None = None
         self._mask: torch.Tensor | None = None  # bool [batch, length]; None while it is all ones

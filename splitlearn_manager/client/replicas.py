@@ -62,7 +62,7 @@ class Replica:
         answer = self.address.get_json(model_path(self._model_id), CONNECT_TIMEOUT)
         return describe(answer, self._model_id, str(self.address))
 
-    def open_session(self, *, rollback: bool) -> RemoteSession:
+    def open_session(self, *, rollback: bool, traceparent: str | None = None) -> RemoteSession:
         """Open a session, which is closed when nobody refers to it any more.
 
         Raises:
@@ -73,7 +73,7 @@ class Replica:
         self.refuse_if_closed()
         self._attended()
         try:
-            session = self.connection.open_session(rollback=rollback)
+            session = self.connection.open_session(rollback=rollback, traceparent=traceparent)
         except RemoteUnavailable:
             self.refuse_if_closed()
             raise

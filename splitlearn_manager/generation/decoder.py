@@ -162,7 +162,7 @@ class Decoder:
         if lane is None:
             raise RuntimeError("an answer without caches is not run")
         if lane.forgets:
-            one.lane = lane = self.chain.new_lane()
+            one.lane = lane = self.chain.new_lane(one.job.traceparent)
             return Step(lane, ids_of((*one.job.tokens, *one.tokens)))
         return Step(lane, ids_of(one.tokens[-1:]))
 
@@ -256,7 +256,7 @@ class Decoder:
 
     def _piece_step(self, job: Job, length: int) -> Step:
         if job.lane is None:
-            job.lane = self.chain.new_lane()
+            job.lane = self.chain.new_lane(job.traceparent)
         tokens = job.tokens[job.done : job.done + length]
         return Step(job.lane, ids_of(tokens), keep=0 if job.wanted.prompt_logprobs else 1)
 

@@ -32,6 +32,7 @@ from splitlearn_manager.generation.jobs import Failed, TokenMade, ended_by, job_
 from splitlearn_manager.serving.cache_memory import CacheMemory, bytes_for
 from splitlearn_manager.serving.errors import NoMemoryError
 from splitlearn_manager.serving.pace import Pace
+from splitlearn_manager.trace_context import TRACEPARENT, trace_headers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -200,6 +201,8 @@ class Engine:
                 " that may (server.max_queue_size); try again"
             )
         ticket = Ticket(jobs, self._clock())
+        for job in jobs:
+            job.traceparent = trace_headers().get(TRACEPARENT)
         self._tickets.add(ticket)
         self._owner.update(dict.fromkeys(jobs, ticket))
         self._waiting.extend(jobs)

@@ -63,6 +63,7 @@ class Job:
         done: Tokens of the prompt that have run.
         lane: The prompt's way through the parts, which its answers begin with.
         told: How probable the prompt's tokens were, but for the first.
+        traceparent: The span of the request that it came with, if there is one.
     """
 
     tokens: tuple[int, ...]
@@ -72,6 +73,7 @@ class Job:
     done: int = 0
     lane: Any = None
     told: list[Scored] = field(default_factory=list)
+    traceparent: str | None = None
 
     def __post_init__(self) -> None:
         """Make its answers."""

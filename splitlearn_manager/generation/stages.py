@@ -79,8 +79,8 @@ class Step:
 class Stage(Protocol):
     """A part, as the chain uses it."""
 
-    def new_cache(self) -> Any:
-        """Return an empty cache for one sequence."""
+    def new_cache(self, traceparent: str | None) -> Any:
+        """Return an empty cache for one sequence, of a request with that span."""
         ...
 
     def advance(self, steps: Sequence[Step], caches: Sequence[Any]) -> None:
@@ -102,8 +102,9 @@ class LocalStage:
         self._last = part.spec.is_last
         self._holds = part.spec.num_layers > 0
 
-    def new_cache(self) -> Any:
+    def new_cache(self, traceparent: str | None) -> Any:
         """Return an empty cache."""
+        del traceparent
         return joinable_cache(self.part)
 
     @property
@@ -205,9 +206,9 @@ class RemoteStage:
     def __init__(self, trunk: Any) -> None:
         self.trunk = trunk
 
-    def new_cache(self) -> Any:
+    def new_cache(self, traceparent: str | None) -> Any:
         """Return an empty cache: a session there, from its first step on."""
-        return self.trunk.new_cache()
+        return self.trunk.new_cache(traceparent=traceparent)
 
     def advance(self, steps: Sequence[Step], caches: Sequence[Any]) -> None:
         """Send all steps at once, and wait for every answer."""
@@ -280,9 +281,9 @@ class Chain:
             bytes_per_position=tuple(part.kv_bytes_per_position or 0 for part in here),
         )
 
-    def new_lane(self) -> Lane:
+    def new_lane(self, traceparent: str | None = None) -> Lane:
         """Return a lane for a sequence that begins."""
-        return Lane([stage.new_cache() for stage in self.stages])
+        return Lane([stage.new_cache(traceparent) for stage in self.stages])
 
     def note_length(self, lane: Lane, positions: int) -> None:
         """Count positions that were run."""

@@ -9,11 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
+import gateways
 import pytest
 import torch
 from opentelemetry import trace
@@ -181,6 +184,38 @@ def test_a_session_and_its_steps_are_in_the_trace_of_whoever_opened_it(
         assert step.start_time <= forward.end_time <= step.end_time + 1_000_000  # two clocks
     (connection,) = found["GET /v2/models/{model}/sessions"]
     assert trace_of(connection) == trace_of(first)
+
+
+def test_a_gateways_requests_reach_to_the_sessions_of_its_trunk(
+    provider: TracerProvider, exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests share forwards, but each has a session of its own, which is in its trace."""
+    monkeypatch.setattr("splitlearn_manager.server.daemon.start", lambda _: Tracing(provider))
+    others = TRACE[::-1]
+    body = {"model": "demo", "prompt": "The", "max_tokens": 4, "temperature": 0}
+    headers = [f"00-{trace}-{PARENT}-01" for trace in (TRACE, others)]
+    with (
+        gateways.daemon_of(gateways.trunk_config()) as trunk,
+        gateways.daemon_of(gateways.pipeline_config(trunk.url)) as gateway,
+        ThreadPoolExecutor() as threads,
+    ):
+        assert len(set(threads.map(partial(complete, gateway.url, body), headers))) == 1
+
+    spans = exporter.get_finished_spans()
+    requests = {trace_of(s): id_of(s) for s in spans if s.name == "POST /v1/completions"}
+    sessions = {trace_of(s): parent_of(s) for s in spans if s.name == "session"}
+    assert requests.keys() == {TRACE, others}
+    assert sessions == requests
+
+
+def complete(url: str, body: dict[str, Any], traceparent: str) -> str:
+    request = urllib.request.Request(
+        f"{url}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json", "traceparent": traceparent},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return str(json.load(answer)["choices"][0]["text"])
 
 
 def test_a_step_that_fails_says_how_and_not_what(
