@@ -10,6 +10,7 @@ to 32, on processors with AVX-512.  Narrower ones pad less.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from threading import Lock
 from typing import Any, Protocol
@@ -122,11 +123,12 @@ class Int8:
     """oneDNN's: the weight as int8, symmetric, with a scale for each output.
 
     Inputs are rounded to 8 bits by a scale for each position, and sums of products are whole
-    numbers: what a position gets does not depend on which others are in the call.
+    numbers: what a position gets does not depend on which others are in the call.  (But for the
+    last bit of float32, where a sum passes 2^24: oneDNN rounds those at different places.)
 
     oneDNN takes unsigned inputs, less a zero point, with a scale for all; scales of positions are
     multiplied afterwards.  (It takes signed ones too, but has fast kernels for them with AMX
-    alone, and for few positions not even there.)
+    alone, and for few positions not even there; and results in bfloat16 with AVX-512 alone.)
 
     Attributes:
         reduce_range: Whether inputs must get by with 7 bits: without VNNI, sums of two products
@@ -135,7 +137,7 @@ class Int8:
 
     def __init__(self) -> None:
         self.reduce_range = False
-        self._no_zero_point = torch.zeros(1, dtype=torch.long)
+        self._no_zero_point = torch.zeros(1, dtype=torch.long, device="cpu")
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
         """Round the weight."""
@@ -158,12 +160,12 @@ class Int8:
         rounded, row_scales = _rounded_rows(rows, zero_point)
         result: torch.Tensor = torch.ops.onednn.qlinear_pointwise.default(
             rounded, 1.0, zero_point, weight, scales, self._no_zero_point, None,
-            1.0, 0, inputs.dtype, "none", [], "",
+            1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
         result.mul_(row_scales)
         if bias is not None:
             result.add_(bias)
-        return result.view(*inputs.shape[:-1], result.shape[-1])
+        return result.to(inputs.dtype).view(*inputs.shape[:-1], result.shape[-1])
 
     def nbytes(self, rows: int, columns: int, itemsize: int) -> int:
         """Return the bytes of whole blocks, and of what belongs to each output."""
@@ -171,8 +173,8 @@ class Int8:
         return _padded(rows, columns, _INT8_BLOCK) + rows * _INT8_BYTES_PER_OUTPUT
 
     def scratch(self, rows: int, columns: int) -> int:
-        """Return the bytes of the rounded weight before it is packed."""
-        return rows * columns
+        """Return the bytes of the rounded weight before it is packed, and of a block of it."""
+        return rows * columns + 3 * torch.float32.itemsize * min(rows * columns, _BLOCK_VALUES)
 
 
 _INT8 = Int8()
@@ -213,7 +215,8 @@ def _test(quantization: str, dtype: torch.dtype) -> None:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             if quantization == INT8:
-                _INT8.reduce_range = _saturates(_INT8)
+                # tried with a copy: layers of another dtype may be running
+                _INT8.reduce_range = _INT8.reduce_range or _saturates(copy.copy(_INT8))
             error = _relative_error(KERNELS[quantization], dtype)
     except (RuntimeError, AttributeError, TypeError, NotImplementedError) as failure:
         raise _unusable(quantization, f"fails: {in_one_line(failure)}") from failure
@@ -238,7 +241,7 @@ def _relative_error(kernel: Kernel, dtype: torch.dtype) -> float:
     numbers = torch.Generator().manual_seed(0)
     batch, columns, rows = _TEST_SIZES
     inputs, weight, bias = (
-        torch.randn(shape, generator=numbers).to(dtype)
+        torch.randn(shape, generator=numbers, device="cpu").to(dtype)
         for shape in ((batch, columns), (rows, columns), (rows,))
     )
     wanted = nn.functional.linear(inputs.double(), weight.double(), bias.double())
@@ -250,7 +253,7 @@ def _saturates(kernel: Int8) -> bool:
     """Whether full 8 bits overflow: where all inputs and all weights are the largest there are."""
     kernel.reduce_range = False
     size = _ONEDNN_BLOCK[0]
-    ones = torch.ones(size, size)
+    ones = torch.ones(size, size, dtype=torch.float32, device="cpu")
     found = kernel.run(ones, kernel.pack(ones, None), None)
     return bool((found - size).abs().max() > size * TOLERANCES[INT8, torch.float32])
 
@@ -260,8 +263,8 @@ def _rounded_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Goes by blocks of rows, so that it takes no float32 copy of the whole.
     """
-    rounded = torch.empty(weight.shape, dtype=torch.int8)
-    scales = torch.empty(len(weight), 1)
+    rounded = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
+    scales = torch.empty(len(weight), 1, dtype=torch.float32, device=weight.device)
     height = max(1, _BLOCK_VALUES // max(1, weight.shape[1]))
     for start in range(0, len(weight), height):
         rows = slice(start, start + height)
@@ -272,14 +275,9 @@ def _rounded_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _rounded_rows(rows: torch.Tensor, zero_point: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rows [n, in] as uint8, by a scale for each row, and the scales [n, 1].
-
-    Scales have the dtype of `rows`, as results have: what inputs are divided by is what results are
-    multiplied by.  One in bfloat16 may be 2^-8 too small: the largest value is 127.49 then, and
-    still 127.
-    """
-    scales = rows.abs().amax(-1, keepdim=True).div_(zero_point - 1)
-    values = (rows / scales.float()).round_()
+    """Return rows [n, in] as uint8, by a scale for each row, and the scales, float32 [n, 1]."""
+    scales = rows.abs().amax(-1, keepdim=True).float() / (zero_point - 1)
+    values = (rows / scales).round_()
     # by way of int8: casts to uint8 take five times as long
     return values.to(torch.int8).view(torch.uint8).add_(zero_point), scales
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -12,6 +13,9 @@ from torch import nn
 from splitlearn_core.dtypes import dtype_name
 from splitlearn_core.errors import PackedWeightsError
 from splitlearn_core.linear_kernels import KERNELS, check_kernel, packed_nbytes
+
+_SHARED = ("_packed", "_run")
+"""What copies of a layer have in common."""
 
 
 class PackedLinear(nn.Module):
@@ -51,11 +55,27 @@ class PackedLinear(nn.Module):
         """Return [..., out] of [..., in], both of `dtype`.
 
         A backward through it raises `PackedWeightsError`.
+
+        Raises:
+            PackedWeightsError: (a `RuntimeError`) They are of another dtype.
         """
+        if inputs.dtype is not self.dtype:
+            raise PackedWeightsError(
+                f"{self._why()} and compute in {dtype_name(self.dtype)}, not in"
+                f" {dtype_name(inputs.dtype)}"
+            )
         if inputs.requires_grad and torch.is_grad_enabled():
             result: torch.Tensor = _OneWay.apply(inputs, self)  # type: ignore[no-untyped-call]
             return result
         return self._run(inputs, self._packed, self.bias)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
+        """Return one with a bias of its own; the packed weight, which never changes, is shared."""
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        for name, value in vars(self).items():
+            vars(other)[name] = value if name in _SHARED else copy.deepcopy(value, memo)
+        return other
 
     def __getattr__(self, name: str) -> Any:
         """Say why there is no `weight`."""
@@ -127,9 +147,9 @@ class _OneWay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, layer: PackedLinear) -> torch.Tensor:
-        """Compute as without gradients."""
+        """Compute as without gradients; a copy, as nobody may change a view that came of this."""
         ctx.why = layer._why()  # noqa: SLF001
-        return layer._run(inputs, layer._packed, layer.bias)  # noqa: SLF001
+        return layer._run(inputs, layer._packed, layer.bias).clone()  # noqa: SLF001
 
     @staticmethod
     def backward(ctx: Any, *_: torch.Tensor) -> NoReturn:

@@ -85,6 +85,49 @@ def test_what_int8_makes_of_a_position_does_not_depend_on_others(
     assert torch.equal(packed(mine), torch.cat([packed(one[None]) for one in mine]))
 
 
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_inputs_of_another_dtype_are_refused(quantization: str) -> None:
+    with pytest.raises(PackedWeightsError, match="compute in float32, not in float64"):
+        pack(linear(), quantization)(torch.ones(2, 160, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_a_result_can_be_changed_in_place(quantization: str) -> None:
+    packed = pack(linear(), quantization)
+    inputs = torch.ones(1, 2, 160, requires_grad=True)
+    plain = packed(inputs).detach() + 1
+
+    result = packed(inputs)
+    result += 1
+
+    assert torch.equal(result, plain)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_a_copy_computes_the_same_and_has_its_own_bias(quantization: str) -> None:
+    packed = pack(linear(), quantization)
+    inputs = torch.randn(2, 160)
+    before = packed(inputs)
+
+    other = copy.deepcopy(nn.Sequential(packed))[0]
+    assert torch.equal(other(inputs), before)
+    assert other.bias is not packed.bias
+    assert repr(other) == repr(packed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_makes_no_difference(dtype: torch.dtype) -> None:
+    layer, inputs = linear(), torch.ones(2, 160)
+    before = pack(layer, "int8")(inputs)
+    torch.set_default_dtype(dtype)
+    try:
+        found = pack(layer, "int8")(inputs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+    assert torch.equal(found, before)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_no_number_shows_in_its_own_position_alone(value: float) -> None:
     packed = pack(linear(), "int8")
@@ -108,7 +151,6 @@ def test_int8_keeps_positions_of_nothing_but_zeros_or_almost() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_largest_input_is_not_cut_off(dtype: torch.dtype) -> None:
-    """A scale in bfloat16 may be rounded down: the largest is then more than 127 of them."""
     one = torch.ones(1, 1, dtype=dtype)
     packed = PackedLinear(one, None, "int8")
     values = torch.linspace(1, 2, 500).to(dtype)[:, None]
@@ -315,20 +357,49 @@ def test_activations_get_by_with_7_bits_where_8_overflow(monkeypatch: pytest.Mon
 
 
 def test_a_processor_without_vnni_gets_by_with_7_bits() -> None:
-    """With oneDNN a process can have less of the processor than there is."""
+    """With oneDNN a process can have less of the processor than there is.
+
+    It has a plain loop for what it has no kernel for, which takes a thousand times as long.
+    """
     script = (
-        "import torch; from splitlearn_core import linear_kernels as kernels;"
-        "kernels.check_kernel('int8', torch.float32); print(kernels.KERNELS['int8'].reduce_range)"
+        "import torch; from splitlearn_core import linear_kernels as kernels\n"
+        "for dtype in (torch.float32, torch.bfloat16):\n"
+        "    kernels.check_kernel('int8', dtype); print(kernels.KERNELS['int8'].reduce_range)\n"
+        "    kernel = kernels.KERNELS['int8']\n"
+        "    packed = kernel.pack(torch.ones(64, 64, dtype=dtype), None)\n"
+        "    kernel.run(torch.ones(8, 64, dtype=dtype), packed, None)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ONEDNN_VERBOSE": "profile_exec"},
         capture_output=True,
         text=True,
         check=False,
     )
 
-    assert (done.stdout.strip(), done.returncode) == ("True", 0), done.stderr
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert [line for line in lines if not line.startswith("onednn")] == ["True", "True"]
+    multiplied = [line for line in lines if ",matmul," in line or ",inner_product," in line]
+    assert multiplied
+    assert not any(",ref" in line for line in multiplied), multiplied
+
+
+@pytest.mark.usefixtures("untested")
+def test_layers_that_run_meanwhile_do_not_notice_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = linear_kernels.Int8()
+    kernel.reduce_range = True
+    monkeypatch.setattr(linear_kernels, "_INT8", kernel)
+    seen: list[bool] = []
+    monkeypatch.setattr(
+        linear_kernels, "_saturates", lambda tried: seen.append(tried is kernel) or False
+    )
+    check_kernel("int8", torch.bfloat16)
+    kernel.reduce_range = False
+    linear_kernels._tested.clear()
+    check_kernel("int8", torch.bfloat16)
+
+    assert seen == [False]  # what is known is not asked again, and tried with another
 
 
 @pytest.mark.usefixtures("untested")
