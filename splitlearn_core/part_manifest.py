@@ -92,13 +92,20 @@ def parts_in(folder: str | os.PathLike[str]) -> dict[ComponentSpec, Path]:
 
     Raises:
         ModelSourceError: (a `FileNotFoundError`) There is none.
-        CheckpointError: (a `ValueError`) One is damaged, or two are the same part.
+        CheckpointError: (a `ValueError`) One is damaged, a link that leaves the folder, or two are
+            the same part.
     """
     folders = [path.parent for path in user_path(folder).glob(f"*/{MANIFEST_FILE}")]
     if not folders:
         raise ModelSourceError(f"no saved parts in {folder}: no folder in it has a {MANIFEST_FILE}")
     found: dict[ComponentSpec, Path] = {}
+    inside = os.path.realpath(user_path(folder))
     for path in sorted(folders):
+        if not Path(os.path.realpath(path)).is_relative_to(inside):
+            raise CheckpointError(
+                f"{path} is a link that leaves its folder, to {os.path.realpath(path)}; put a copy"
+                " in its place"
+            )
         first = found.setdefault(read_manifest(path).spec, path)
         if first != path:
             raise CheckpointError(

@@ -178,7 +178,7 @@ def _serve_model(model: str, settings: dict[str, Any]) -> None:
     config = DaemonConfig.from_dict(settings)
     check_shapes_of(config.models, None)
 
-    from splitlearn_core.part_manifest import MANIFEST_FILE  # noqa: PLC0415 - needs torch
+    from splitlearn_core.part_manifest import MANIFEST_FILE  # noqa: PLC0415 - slow
     from splitlearn_manager.preflight import check_checkpoints  # noqa: PLC0415
     from splitlearn_manager.server.daemon import run  # noqa: PLC0415 - needs torch
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from splitlearn_core import SplitModel
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.factory import estimate_component, load_component
 from splitlearn_core.loading.files import find_files
@@ -83,6 +84,58 @@ def test_parts_of_different_models_are_refused(
 
     with pytest.raises(CheckpointError, match=r"top/config.json is of another model than the"):
         find_files(tmp_path / "llama")
+
+
+def test_parts_that_have_the_same_layers_are_refused(parts: tuple[Path, Path]) -> None:
+    whole, folder = parts
+    load_component(whole, "full").save(folder / "full")
+
+    with pytest.raises(CheckpointError, match=r"full \[0, \d\) have the same layers"):
+        load_component(folder, "trunk", POINTS)
+
+
+def test_a_part_that_was_changed_and_saved_again_is_the_one_that_counts(
+    parts: tuple[Path, Path],
+) -> None:
+    _, folder = parts
+    trunk = SplitModel.load(folder / "trunk")
+    with torch.no_grad():
+        next(iter(trunk.model.parameters())).add_(1)
+    trunk.save(folder / "trunk")
+
+    found = weights(load_component(folder, "trunk", POINTS))
+
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights(trunk).items())
+    assert load_component(folder, "bottom", POINTS).end_layer == 2
+
+
+def test_parts_in_different_dtypes_are_refused(parts: tuple[Path, Path]) -> None:
+    _, folder = parts
+    SplitModel.load(folder / "top", dtype="bfloat16").save(folder / "top")
+
+    with pytest.raises(CheckpointError, match=r"of another model.*dtype is 'bfloat16', not 'float"):
+        load_component(folder, "trunk", POINTS)
+
+
+def test_a_part_that_is_a_link_to_elsewhere_is_refused(parts: tuple[Path, Path]) -> None:
+    _, folder = parts
+    shutil.move(folder / "trunk", folder.parent / "elsewhere")
+    (folder / "trunk").symlink_to(folder.parent / "elsewhere")
+
+    with pytest.raises(CheckpointError, match="is a link that leaves its folder"):
+        load_component(folder, "bottom", POINTS)
+
+
+def test_what_lies_beside_the_parts_counts(parts: tuple[Path, Path]) -> None:
+    _, folder = parts
+    load_tokenizer("builtin:demo").save_pretrained(folder)
+    shutil.copy(folder / "top" / "model.safetensors", folder)
+
+    assert load_tokenizer(folder)("def")["input_ids"]
+    assert find_files(folder).find("model.safetensors") is None
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="adapter"):
+        load_component(folder, "bottom", POINTS)
 
 
 def test_a_part_that_is_damaged_is_refused(parts: tuple[Path, Path]) -> None:
