@@ -261,22 +261,24 @@ class Engine:
         while self._tickets and not (self._waiting or self._admitted):
             self._changed.clear()
             await self._changed.wait()
-        while not self._admitted and await self._more_come():
-            pass
+        known = 0
+        while not self._admitted and (now := await self._more_than(known)):
+            known = now
 
-    async def _more_come(self) -> bool:
-        """Wait a moment for another prompt: in one forward they cost less; return if one came."""
-        positions = sum(job.length for job in self._waiting)
-        seconds = self._pace.company(positions)
-        if seconds <= 0 or positions >= self._limits.piece:
-            return False
+    async def _more_than(self, known: int) -> int:
+        """Return how many prompts wait, after a moment for another; 0 if they are no more than so.
+
+        In one forward they cost less.
+        """
+        lengths = [job.length for job in self._waiting if not job.unwanted]
+        seconds = self._pace.company(sum(lengths))
+        if len(lengths) <= known or seconds <= 0 or sum(lengths) >= self._limits.piece:
+            return 0
         self._changed.clear()
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._changed.wait()
-        except TimeoutError:
-            return False
-        return True
+        return len(lengths)
 
     async def _round(self) -> None:
         """Let in who can be, and run what there is to run."""
