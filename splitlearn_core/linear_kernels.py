@@ -40,7 +40,7 @@ _INT8_BYTES_PER_OUTPUT = 8  # a scale, the sum of the weights
 _LARGEST_INT8 = 127
 _MOST_INT8_INPUTS = (2**31 - 1) // (_LARGEST_INT8 * 255)
 _SMALLEST_SCALE = 1e-30
-_BLOCK_VALUES = 1 << 20
+_BLOCK_VALUES = 1 << 18
 _TEST_SIZES = (5, 70, 100)
 
 
