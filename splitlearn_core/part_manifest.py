@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from splitlearn_core.errors import CheckpointError, ModelSourceError
 from splitlearn_core.headers import SINGLE_FILE, is_file_name, listed
-from splitlearn_core.loading.files import FolderFiles
+from splitlearn_core.loading.files import FolderFiles, check_link
 from splitlearn_core.messages import in_one_line, short
 from splitlearn_core.plan import BOTTOM, FULL, TOP, TRUNK, ComponentSpec
 from splitlearn_core.regular_files import open_regular
@@ -99,13 +99,9 @@ def parts_in(folder: str | os.PathLike[str]) -> dict[ComponentSpec, Path]:
     if not folders:
         raise ModelSourceError(f"no saved parts in {folder}: no folder in it has a {MANIFEST_FILE}")
     found: dict[ComponentSpec, Path] = {}
-    inside = os.path.realpath(user_path(folder))
     for path in sorted(folders):
-        if not Path(os.path.realpath(path)).is_relative_to(inside):
-            raise CheckpointError(
-                f"{path} is a link that leaves its folder, to {os.path.realpath(path)}; put a copy"
-                " in its place"
-            )
+        if path.is_symlink():
+            check_link(path)
         first = found.setdefault(read_manifest(path).spec, path)
         if first != path:
             raise CheckpointError(

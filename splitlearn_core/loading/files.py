@@ -83,7 +83,7 @@ class FolderFiles:
         """
         path = self.folder / name
         if path.is_symlink() and name != self.weights_file:
-            _check_link(path)
+            check_link(path)
         refuse_unless_regular(path)
         return path if path.exists() else None
 
@@ -99,7 +99,7 @@ class FolderFiles:
         return str(self.folder / name)
 
 
-def _check_link(path: Path) -> None:
+def check_link(path: Path) -> None:
     """Refuse a link that leaves its folder, or leads nowhere."""
     target = Path(os.path.realpath(path))
     folder = Path(os.path.realpath(path.parent))
