@@ -73,7 +73,7 @@ def test_int8_has_a_scale_for_each_output() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("company", [1, 7, 31, 300])
+@pytest.mark.parametrize("company", [1, 7, 31, 300, 3000])
 def test_what_int8_makes_of_a_position_does_not_depend_on_others(
     company: int, dtype: torch.dtype
 ) -> None:
