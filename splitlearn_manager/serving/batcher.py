@@ -31,7 +31,7 @@ from splitlearn_manager.errors import ManagerError
 from splitlearn_manager.serving.pace import SHORTEST_PIECE, Pace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from splitlearn_core.joined_cache import Joinable
     from splitlearn_manager.core.entries import AsyncManagedModel
@@ -250,10 +250,18 @@ class Batcher:
             await self._arrival()
         if self._packs and not self._steps:
             await self._gather_prompts()
-        expected = min(self._pace.stepping, self._limits.rows)
-        while len(self._steps) < expected and not self._runs_at_once():
+        while len(self._steps) < self._expected() and not self._runs_at_once():
             if not await self._arrives_within(self._pace.patience(self._clock())):
                 return
+
+    def _expected(self) -> int:
+        """Return how many steps are to be waited for.
+
+        Prompts that wait run at once where no step does, rather than wait for those who have their
+        first token and will step.
+        """
+        newcomers = bool(self._steps) or not self._prompts
+        return min(self._pace.expected(newcomers=newcomers), self._limits.rows)
 
     async def _gather_prompts(self) -> None:
         """Wait a moment for prompts that come together: in one forward they cost less."""
@@ -394,9 +402,11 @@ class Batcher:
         stepping = frozenset(
             id(job.work.state) for job, well in zip(jobs, ran, strict=False) if well
         )
-        begun = zip(pieces, ran[len(jobs) :], strict=True)
-        positions = sum(new * job.rows for (job, new), well in begun if well)
+        begun = list(zip(pieces, outcomes[len(jobs) :], ran[len(jobs) :], strict=True))
+        positions = sum(new * job.rows for (job, new), _, well in begun if well)
         self._pace.packed_ran(stepping, positions, ended - began, ended)
+        first = (job for (job, _), outcome, well in begun if well and outcome is not None)
+        self._prompts_ended(first, ended - began, ended)
         rows = sum(job.rows for job, _ in together if not job.work.dropped)
         self._metrics.forward(self._managed.model_id, rows, ended - began)
         answers = [(job, outcome) for (job, _), outcome in zip(together, outcomes, strict=True)]
@@ -419,12 +429,18 @@ class Batcher:
         seconds = self._clock() - began
         if not isinstance(outcome, Exception):
             self._pace.piece_ran(most * job.rows, seconds)
+            self._prompts_ended([job] if outcome is not None else [], seconds, began + seconds)
         self._metrics.forward(self._managed.model_id, job.rows, seconds)
         if outcome is None:
             self._prompts.append(job)
             return
         await self._tidy([job])
         _settle(job, outcome)
+
+    def _prompts_ended(self, jobs: Iterable[_Job], seconds: float, ended: float) -> None:
+        """Expect the first steps of those whose prompts ended, where they share forwards."""
+        if self._joinable.steps:
+            self._pace.prompts_ended(frozenset(id(job.work.state) for job in jobs), seconds, ended)
 
     async def _tidy(self, prompts: Sequence[_Job]) -> None:
         """Give back what the forwards of prompts have freed, once there were enough of them."""

@@ -82,16 +82,17 @@ class Pace:
     _costs: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     _mixed: int = 0
     _seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+    _newcomers: frozenset[int] = frozenset()
+    _prompts_ended: float = 0.0
+    _prompts_seconds: float = 0.0
 
     def steps_ran(self, sessions: frozenset[int], seconds: float, ended: float) -> None:
         """Note a forward of the steps of these sessions."""
         if self._mixed:  # what was remembered is from before
             self._seconds = deque(list(self._seconds)[-1:], self._seconds.maxlen)
             self._mixed = 0
-        self._last.append(sessions)
+        self._stepped(sessions, seconds, ended)
         self._seconds.append(seconds)
-        self.seconds = seconds
-        self.ended = ended
 
     def piece_ran(self, positions: int, seconds: float) -> None:
         """Note a forward of so many positions of prompts, those of all rows counted."""
@@ -108,36 +109,62 @@ class Pace:
             return
         if sessions:
             self._mixed += 1
-            self._last.append(sessions)
-            self.seconds, self.ended = seconds, ended
+            self._stepped(sessions, seconds, ended)
         if self._seconds or positions >= _TELLING:
             beyond = seconds - min(self._seconds, default=0)
             self._costs.append(max(beyond, seconds * _LEAST_BEYOND) / positions)
             self.per_position = max(self._costs)
 
+    def prompts_ended(self, sessions: frozenset[int], seconds: float, ended: float) -> None:
+        """Note that the prompts of these sessions ended with a forward: their first steps follow.
+
+        They are expected until a forward of steps has run, with them or without.
+        """
+        if sessions:
+            self._newcomers |= sessions
+            self._prompts_seconds, self._prompts_ended = seconds, ended
+
+    def _stepped(self, sessions: frozenset[int], seconds: float, ended: float) -> None:
+        """Note a forward with the steps of these sessions in it."""
+        self._last.append(sessions)
+        self.seconds, self.ended = seconds, ended
+        self._newcomers = frozenset()
+
     def begin_anew(self) -> None:
         """Forget who stepped, and remember what forwards take."""
         self._last.clear()
+        self._newcomers = frozenset()
 
     @property
     def knows_steps(self) -> bool:
         """Whether it is known how long a forward of steps alone takes, and not from long ago."""
         return bool(self._seconds) and self._mixed < _MOST_MIXED
 
-    @property
-    def stepping(self) -> int:
-        """Sessions whose steps were in the last two forwards: they are expected in the next."""
-        return len(frozenset().union(*self._last))
+    def expected(self, *, newcomers: bool = True) -> int:
+        """Return how many sessions are expected to step.
+
+        Args:
+            newcomers: Whether those count whose prompts have just ended, besides those whose steps
+                were in the last two forwards.
+        """
+        return len(frozenset().union(*self._last, self._newcomers if newcomers else ()))
 
     def patience(self, now: float) -> float:
         """Return the seconds to wait for the next one that is expected; 0 if none is."""
-        if self._alone(now):
-            return 0
-        left = self.ended + min(self.seconds * WAITING_SHARE, LONGEST_WAIT) - now
-        return max(left, min(self.seconds * STRAGGLERS_SHARE, LONGEST_STRAGGLERS_WAIT))
+        waits = [0.0]
+        if not self._alone(now):
+            waits.append(_patience(self.ended, self.seconds, now))
+        if self._newcomers and not _long_ago(self._prompts_ended, self._prompts_seconds, now):
+            waits.append(_patience(self._prompts_ended, self._prompts_seconds, now))
+        return max(waits)
 
     def company(self, positions: int) -> float:
-        """Return the seconds to wait for another prompt, where so many positions wait to run."""
+        """Return the seconds to wait for another prompt, where so many positions wait to run.
+
+        As long as nothing ran, that is the longest: what a first prompt takes is much.
+        """
+        if not self.per_position:
+            return LONGEST_COMPANY_WAIT
         return min(positions * self.per_position * COMPANY_SHARE, LONGEST_COMPANY_WAIT)
 
     def room(self, now: float, *, short: bool, beside: bool) -> int:
@@ -156,7 +183,7 @@ class Pace:
 
     def _alone(self, now: float) -> bool:
         """Whether nobody has stepped for a while."""
-        return not self._last or now - self.ended > RECENT * max(self.seconds, 1)
+        return not self._last or _long_ago(self.ended, self.seconds, now)
 
     def piece(self, prompt: int, left: int, rows: int, short_prompts: int, now: float) -> int:
         """Return how many positions of a prompt to run now.
@@ -176,3 +203,14 @@ class Pace:
         share = SHORT_SHARE if short else LONG_SHARE
         fair = int(share * min(self._seconds) / self.per_position / rows)
         return min(max(fair, SHORTEST_PIECE), left, self.chunk)
+
+
+def _patience(ended: float, seconds: float, now: float) -> float:
+    """Return how long to wait for whom a forward answered."""
+    left = ended + min(seconds * WAITING_SHARE, LONGEST_WAIT) - now
+    return max(left, min(seconds * STRAGGLERS_SHARE, LONGEST_STRAGGLERS_WAIT))
+
+
+def _long_ago(ended: float, seconds: float, now: float) -> bool:
+    """Whether a forward is out of mind."""
+    return now - ended > RECENT * max(seconds, 1)

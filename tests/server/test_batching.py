@@ -172,6 +172,29 @@ async def test_steps_that_wait_are_one_forward(bench: Bench, trunk: SplitModel) 
     assert bench.forwards.rows == [3, 3, 3]
 
 
+async def test_the_first_steps_after_prompts_that_ended_together_are_one_forward(
+    bench: Bench, trunk: SplitModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "WAITING_SHARE", 1e9)
+    monkeypatch.setattr(pace, "LONGEST_WAIT", 30.0)
+    sessions = [await bench.open() for _ in range(2)]
+    gate = await bench.hold()
+    asked = [bench.start(s, hidden(5, seed=n)) for n, s in enumerate(sessions)]
+    await _queued(bench, asked)
+    gate.set()
+    await asyncio.gather(*asked)
+    bench.forwards.rows.clear()
+
+    first = bench.start(sessions[0], hidden(1, seed=7))
+    await _queued(bench, [first])
+    second = bench.start(sessions[1], hidden(1, seed=8))
+    found = await asyncio.gather(first, second)
+
+    assert bench.forwards.rows == [2]
+    for session, output in zip(sessions, found, strict=True):
+        assert close(output, bench.expected(trunk, session)[-1])
+
+
 @pytest.mark.parametrize("bench", [BatchLimits(rows=1)], indirect=True)
 async def test_without_batching_each_step_is_equal_to_the_bit(
     bench: Bench, trunk: SplitModel

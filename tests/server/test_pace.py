@@ -93,9 +93,9 @@ def test_a_long_prompt_does_not_come_first_however_many_wait() -> None:
 def test_those_of_the_last_two_forwards_are_expected() -> None:
     found = pace(2)
     found.steps_ran(frozenset({1, 7}), 0.3, NOW)
-    assert found.stepping == 3
+    assert found.expected() == 3
     found.steps_ran(frozenset({7}), 0.3, NOW)
-    assert found.stepping == 2
+    assert found.expected() == 2
 
 
 def test_patience_is_a_share_of_a_forward() -> None:
@@ -105,6 +105,29 @@ def test_patience_is_a_share_of_a_forward() -> None:
     assert pace(1).patience(NOW + 1) == LONGEST_STRAGGLERS_WAIT
     assert pace(1).patience(NOW + RECENT + 0.1) == 0
     assert Pace(CHUNK).patience(NOW) == 0
+
+
+def test_those_whose_prompts_ended_are_expected_until_steps_have_run() -> None:
+    found = Pace(CHUNK)
+    found.prompts_ended(frozenset({1, 2}), 0.3, NOW)
+    found.prompts_ended(frozenset({3}), 0.3, NOW)
+    found.prompts_ended(frozenset(), 9, NOW + 9)
+    assert (found.expected(), found.expected(newcomers=False)) == (3, 0)
+
+    found.steps_ran(frozenset({1, 8}), 0.3, NOW)
+    assert found.expected() == 2
+    found.prompts_ended(frozenset({8, 9}), 0.3, NOW)
+    assert (found.expected(), found.expected(newcomers=False)) == (3, 2)
+    found.begin_anew()
+    assert found.expected() == 0
+
+
+def test_patience_with_those_whose_prompts_ended_is_a_share_of_what_these_took() -> None:
+    found = Pace(CHUNK)
+    found.prompts_ended(frozenset({1}), 0.01, NOW)
+    assert round(found.patience(NOW), 9) == 0.01 * WAITING_SHARE
+    assert found.patience(NOW + 1) == 0.01 * STRAGGLERS_SHARE
+    assert found.patience(NOW + RECENT + 0.1) == 0
 
 
 def test_what_is_packed_beside_steps_takes_a_share_of_their_time() -> None:
@@ -131,7 +154,7 @@ def test_what_steps_take_is_known_from_forwards_of_steps_alone() -> None:
     found.packed_ran(frozenset({1}), 0, 0.3, NOW)
     assert found.knows_steps
     found.packed_ran(frozenset({1, 2}), 50, 0.3 + 0.1, NOW + 1)
-    assert (found.stepping, found.ended) == (2, NOW + 1)
+    assert (found.expected(), found.ended) == (2, NOW + 1)
     assert found.per_position == 0.005  # the dearest of the last four
     for _ in range(3):
         found.packed_ran(frozenset({1, 2}), 50, 0.3 + 0.1, NOW + 1)
@@ -171,7 +194,7 @@ def test_pieces_that_seem_to_take_no_time_take_a_tenth_of_their_forward() -> Non
 def test_what_is_known_of_a_model_outlives_its_sessions() -> None:
     found = pace(8)
     found.begin_anew()
-    assert found.stepping == 0
+    assert found.expected() == 0
     assert found.room(NOW, short=True, beside=False) == CHUNK
     assert found.room(NOW, short=True, beside=True) == int(PACKED_SHORT_SHARE * 0.3 / 0.005)
 
@@ -188,4 +211,4 @@ def test_a_few_positions_alone_tell_nothing_of_what_more_would_take() -> None:
 def test_a_prompt_waits_for_company_for_a_share_of_what_it_takes() -> None:
     assert round(pace(1).company(10), 9) == 10 * 0.005 * COMPANY_SHARE
     assert pace(1).company(5000) == LONGEST_COMPANY_WAIT
-    assert Pace(CHUNK).company(10) == 0
+    assert Pace(CHUNK).company(10) == LONGEST_COMPANY_WAIT
