@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig
 
+    from splitlearn_core.cache_room import CacheRoom
     from splitlearn_core.plan import ComponentSpec
 
 
@@ -106,9 +107,20 @@ def _ghost_of(layer: Any) -> GhostLayer:
 
 
 class PartCache(DynamicCache):
-    """The cache of one part; made by `SplitModel.new_cache()`, filled in place by its forward."""
+    """The cache of one part; made by `SplitModel.new_cache()`, filled in place by its forward.
 
-    def __init__(self, config: PreTrainedConfig, spec: ComponentSpec) -> None:
+    Args:
+        config: The whole model's.
+        spec: The layers of the part.
+        room: Its layers have one of the same kind.
+
+    Attributes:
+        room: Where layers of full attention keep what they hold.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, spec: ComponentSpec, room: CacheRoom | None = None
+    ) -> None:
         super().__init__(config=config)
         self.spec = spec
         self._config = config
@@ -120,7 +132,7 @@ class PartCache(DynamicCache):
             _growing(layer) if number in owned else _ghost_of(layer)  # type: ignore[misc]  # mixed in
             for number, layer in enumerate(self.layers)
         ]
-        share_room(self.layers)
+        self.room = share_room(self.layers, room)
 
     @property
     def counts_positions(self) -> bool:
@@ -158,7 +170,7 @@ class PartCache(DynamicCache):
         other: PartCache = object.__new__(type(self))
         other.__dict__.update(self.__dict__, _shared=dict(self._shared))
         other.layers = [_copy_of(layer) for layer in self.layers]
-        share_room(other.layers)
+        other.room = share_room(other.layers, self.room)
         other.module_states = tuple(map(_copied, self.module_states))
         return other
 

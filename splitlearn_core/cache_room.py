@@ -11,7 +11,7 @@ positions.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
@@ -31,6 +31,17 @@ _ALIASED = 4096
 """Bytes at whose multiples lines push each other out of the nearest cache."""
 
 
+class FilledMemory(Protocol):
+    """What a place asks of its memory."""
+
+    @property
+    def taken(self) -> int:
+        """Bytes that were taken."""
+
+    def fill(self, end: int) -> None:
+        """Prepare to be written to up to byte `end`."""
+
+
 class Place(NamedTuple):
     """Where a layer's keys and values go.
 
@@ -43,7 +54,7 @@ class Place(NamedTuple):
 
     keys: torch.Tensor
     values: torch.Tensor
-    memory: LazyMemory | None = None
+    memory: FilledMemory | None = None
     stride: int = 0
 
     def fill(self, end: int) -> None:
@@ -118,6 +129,14 @@ class CacheRoom:
     def forget(self) -> None:
         """Give the memory back, once no layer has a place in it."""
         self._room = None
+
+    def another(self, layers: int) -> CacheRoom:
+        """Return an empty one of the same kind, for another cache."""
+        return CacheRoom(layers)
+
+    def __reduce__(self) -> tuple[type[CacheRoom], tuple[int]]:
+        """Return what a copy is: an empty one, of the ordinary kind."""
+        return CacheRoom, (self._layers,)
 
 
 class _Room(NamedTuple):

@@ -91,6 +91,10 @@ class QuantizationError(SplitLearnError, ValueError):
     """Weights can't be packed as `quantization` asks: their dtype, a value, or this machine."""
 
 
+class StepGraphError(SplitLearnError, ValueError):
+    """Steps of a part can't be CUDA graphs; the message says why.  Leave `cuda_graphs` out."""
+
+
 class PackedWeightsError(SplitLearnError, RuntimeError):
     """Packed weights are for inference alone: load the part without `quantization` for the rest."""
 

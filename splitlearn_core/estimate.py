@@ -43,6 +43,7 @@ def estimate_part(
     placement: Placement,
     packing: PackingPlan | None = None,
     warm_up_positions: int = 0,
+    cache_nbytes: int = 0,
 ) -> MemoryEstimate:
     """Add up what a part will take: stored tensors once they are placed, and computed ones.
 
@@ -55,6 +56,7 @@ def estimate_part(
         placement: Device, and whether weights may stay mapped.
         packing: Which layers are packed.
         warm_up_positions: Positions of a forward that belongs to the load; 0 for none.
+        cache_nbytes: Bytes of caches for which memory is taken with it.
     """
     stored = blueprint.reads.stored
     packed = packing.stored if packing is not None else frozenset()
@@ -62,6 +64,7 @@ def estimate_part(
     kept = [tensor for name, tensor in stored.items() if name not in packed]
     steady = sum(tensor.final_nbytes for tensor in kept) + blueprint.tables_nbytes
     steady += sum(layer.nbytes for layer in layers)
+    steady += cache_nbytes
     passing = [tensor.nbytes for tensor in kept if placement.copies(tensor)]
     passing += [_passing(stored[name]) for name in packed]
     most = max(AT_ONCE * max(passing, default=0), blueprint.making_nbytes)

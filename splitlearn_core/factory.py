@@ -14,6 +14,7 @@ from splitlearn_core.devices import check_device, resolve_devices
 from splitlearn_core.dtypes import as_dtype
 from splitlearn_core.estimate import MemoryEstimate, estimate_part
 from splitlearn_core.families import KNOWN_TYPES, Family, family_of
+from splitlearn_core.kv_cache import kv_bytes_per_token
 from splitlearn_core.loading.files import CheckpointFiles, find_files, local_config
 from splitlearn_core.loading.generation import generation_config_for
 from splitlearn_core.loading.materialize import Placement
@@ -216,12 +217,14 @@ def estimate_component(
     allow_uncertified: bool = False,
     quantization: str | None = None,
     warm_up_positions: int = 0,
+    cached_positions: int = 0,
     minimind: Mapping[str, Any] | None = None,
     adapter: str | os.PathLike[str] | None = None,
 ) -> MemoryEstimate:
     """Return what `load_component` with the same arguments will need, from headers alone.
 
-    With `warm_up_positions`, a forward of so many positions after it counts as well.
+    With `warm_up_positions`, a forward of so many positions after it counts as well; with
+    `cached_positions`, memory for caches that hold as many, as `SplitModel.graph_steps` takes it.
 
     It raises what `load_component` would raise, but for weights that turn out to be unreadable.
     """
@@ -242,7 +245,11 @@ def estimate_component(
             model.config, spec, source, model.description, model.family, placement.dtype
         )
         packing = plan_packing(blueprint.model, blueprint.family, spec, blueprint.reads, placement)
-        estimate = estimate_part(blueprint, placement, packing, warm_up_positions)
+        width = blueprint.model.dtype.itemsize
+        kept = kv_bytes_per_token(blueprint.model, blueprint.family, spec, width) or 0
+        estimate = estimate_part(
+            blueprint, placement, packing, warm_up_positions, cached_positions * kept
+        )
     if adapter is None:
         return estimate
     from splitlearn_core.checkpoint.adapters.folder import folding_nbytes  # noqa: PLC0415

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from splitlearn_core.cache import PartCache
 from splitlearn_core.dtypes import dtype_name, main_dtype
-from splitlearn_core.errors import CacheMismatchError, PackedWeightsError
+from splitlearn_core.errors import CacheMismatchError, PackedWeightsError, StepGraphError
 from splitlearn_core.families.family import SHARED
 from splitlearn_core.handover import Handover, check_ids
 from splitlearn_core.hidden_state import HiddenState
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from splitlearn_core.passage import Passage
     from splitlearn_core.plan import ComponentSpec
     from splitlearn_core.side_values import CrossingValue
+    from splitlearn_core.step_graphs import StepGraphs
 
 
 class SplitModel(nn.Module):
@@ -55,6 +56,7 @@ class SplitModel(nn.Module):
         spec: Which layers and ends are here.
         packing: Which linear layers are packed, where some are: then the part is for inference
             alone, and can't be trained, saved or cast.
+        step_graphs: What runs decode steps as CUDA graphs, where `graph_steps` was called.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class SplitModel(nn.Module):
         self._passage = passage
         self._needs_dtype = bool(family.side or family.hidden_dtype)
         self.packing: PackingPlan | None = None
+        self.step_graphs: StepGraphs | None = None
         whole = spec.is_first and spec.is_last
         self._states = ModuleStates(model, KEPT.get(model.config.model_type, ()), whole=whole)
         self.eval()
@@ -75,6 +78,23 @@ class SplitModel(nn.Module):
         """Note that layers are packed, so that no weight here asks for gradients any more."""
         self.packing = packing
         self.requires_grad_(False)
+
+    def graph_steps(self, sequences: int, positions: int) -> None:
+        """Run steps of one token as CUDA graphs from now on, where a daemon serves this Trunk.
+
+        Memory for so many caches is taken now.  Those of `new_cache()` lie in it from then on, for
+        as long as they fit (`splitlearn_core.step_graphs`).
+
+        Args:
+            sequences: Most that step so at once.
+            positions: Most that one of them may have.
+
+        Raises:
+            StepGraphError: (a `ValueError`) The part's steps can't be graphs.
+        """
+        from splitlearn_core.step_graphs import StepGraphs  # noqa: PLC0415 - it imports this module
+
+        self.step_graphs = StepGraphs(self, sequences, positions)
 
     @property
     def quantization(self) -> str | None:
@@ -194,6 +214,8 @@ class SplitModel(nn.Module):
         """Return an empty KV cache for this part; give it as `past_key_values`."""
         if self.spec.is_first and self.spec.is_last:
             return DynamicCache(config=self.config)
+        if self.step_graphs is not None:
+            return self.step_graphs.new_cache()
         return PartCache(self.config, self.spec)
 
     def forward(
@@ -315,7 +337,17 @@ class SplitModel(nn.Module):
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """Move or cast all or, where weights are packed that can't be, nothing."""
+        """Move or cast all or, where weights are packed that can't be, nothing.
+
+        Raises:
+            StepGraphError: (a `ValueError`) Graphs were recorded, which read the weights where they
+                are.
+        """
+        if self.step_graphs is not None:
+            raise StepGraphError(
+                f"{self.component} has CUDA graphs, which read its weights where they are: move or"
+                " cast it before graph_steps"
+            )
         for layer in self._packed():
             layer.check_move(fn)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -169,6 +169,7 @@ class ModelConfig:
             raise ConfigError(Problem(message, ("config", "component")))
         self._check_kv_cache_memory()
         self._check_quantization()
+        self._check_cuda_graphs()
 
     def loads_like(self, other: ModelConfig) -> bool:
         """Whether loading either gives the same: they differ in what is done with it, if at all."""
@@ -206,6 +207,18 @@ class ModelConfig:
             refusal = str(error)
         if refusal is not None:
             raise ConfigError(Problem(refusal, ("config", "quantization")))
+
+    def _check_cuda_graphs(self) -> None:
+        """Check that they are for a Trunk, and on a GPU."""
+        options, refusal = self.options, None
+        if not isinstance(options, PartOptions) or options.cuda_graphs is None:
+            return
+        if not options.component.startswith(TRUNK):
+            refusal = f"is for a Trunk, whose sessions step: not for {options.component}"
+        elif not self.device.startswith("cuda"):
+            refusal = f"is for a GPU (device: cuda), not for {self.device}"
+        if refusal is not None:
+            raise ConfigError(Problem(refusal, ("config", "cuda_graphs")))
 
     def _default_component(self) -> dict[str, Any]:
         """Return the component that is meant where none is named."""

@@ -97,6 +97,40 @@ Quantization = Literal["prepacked", "fp16", "int8"]
 
 
 @section
+class CudaGraphs:
+    """Decode steps of a Trunk on a GPU as CUDA graphs, see `splitlearn_core.step_graphs`.
+
+    Attributes:
+        sequences: Sessions that step so, at most; further ones step one kernel after the other.
+        positions: Most that one of them may have; a longer one goes on one kernel after the other.
+            Memory for the caches of all of them is taken with the load.
+    """
+
+    sequences: int = 16
+    positions: int = 4096
+
+    def __post_init__(self) -> None:
+        """Check what the types don't say."""
+        for name, value in (("sequences", self.sequences), ("positions", self.positions)):
+            if value < 1:
+                raise ConfigError(Problem(f"must be 1 or more, {found(value)}", (name,)))
+
+    @property
+    def cached_positions(self) -> int:
+        """Positions of all sequences that there is memory for: each has one that is nobody's."""
+        return self.sequences * (self.positions + 1)
+
+
+def _graphs(value: Any) -> Any:
+    """Return a section, checked as it is."""
+    is_checked = value is None or isinstance(value, CudaGraphs)
+    return value if is_checked else build(CudaGraphs, value)
+
+
+Graphs = Annotated[CudaGraphs | None, BeforeValidator(_graphs)]
+
+
+@section
 class PartOptions:
     """How to load one part of a model.
 
@@ -116,6 +150,8 @@ class PartOptions:
         quantization: Keep the part's linear layers packed for fast inference on a CPU:
             `prepacked` (the same dtype) or `int8` weights, both with dtype float32 or bfloat16,
             or `fp16` weights, with dtype float32.  Nothing is packed by default.
+        cuda_graphs: For a Trunk on a GPU: run steps of one token as CUDA graphs; `sequences` and
+            `positions`.
         chat_template: File with the Jinja template that `/v1/chat/completions` writes messages
             with, for a whole model whose tokenizer has none, or another one.  A relative path is
             relative to the working directory of the process.
@@ -136,6 +172,7 @@ class PartOptions:
     allow_uncertified: bool = False
     verbose: bool = False
     quantization: Quantization | None = None
+    cuda_graphs: Graphs = None
     chat_template: PathText | None = None
     minimind: MiniMindOptions | None = None
     adapter: PathText | None = None

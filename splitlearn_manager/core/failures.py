@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import traceback
 
-from splitlearn_core.errors import QuantizationError
+from splitlearn_core.errors import QuantizationError, StepGraphError
 from splitlearn_manager.errors import ManagerError
 
 
@@ -32,6 +32,7 @@ def failure_code(error: BaseException) -> str:
         (OSError, "storage"),
         (KeyError, "unsupported_model"),
         (QuantizationError, "unsupported_quantization"),
+        (StepGraphError, "unsupported_cuda_graphs"),
         (ValueError, "bad_checkpoint"),
     )
     return next((code for kind, code in kinds if isinstance(error, kind)), "error")

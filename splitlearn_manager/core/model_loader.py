@@ -71,7 +71,12 @@ class ModelLoader:
             return estimate_pipeline(config)
         from splitlearn_core.factory import estimate_component  # noqa: PLC0415 - imports torch
 
-        return estimate_component(**_arguments(config), warm_up_positions=warm_up_positions(config))
+        graphs = config.part.cuda_graphs
+        return estimate_component(
+            **_arguments(config),
+            warm_up_positions=warm_up_positions(config),
+            cached_positions=0 if graphs is None else graphs.cached_positions,
+        )
 
     @staticmethod
     def load_from_config(config: ModelConfig, progress: LoadProgress | None = None) -> Any:
@@ -82,6 +87,8 @@ class ModelLoader:
                 raises to end the load.
         """
         model = _load(config, progress)
+        if config.model_type != PIPELINE and (graphs := config.part.cuda_graphs) is not None:
+            model.graph_steps(graphs.sequences, graphs.positions)
         if config.warmup:
             if progress is not None:
                 progress.enter(LoadPhase.WARMING_UP)

@@ -8,6 +8,7 @@ can; else as one batch of equally long steps.  Caches are filled in place; the r
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ from splitlearn_manager.serving.wire import Frame, Kind, TensorName, WireTensor,
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+logger = logging.getLogger(__name__)
 
 _MICRO = 1e6
 
@@ -180,6 +183,7 @@ def run_together(
     """
     outcomes: dict[Work, Outcome | Exception | None] = {}
     ready = _begun(works, outcomes)
+    ready = _run_graphed(part, ready, outcomes)
     if len(ready) > 1:
         ready = _run_joined(part, ready, outcomes, masked=masked)
     for work in ready:
@@ -205,6 +209,60 @@ def _check_wanted(work: Work) -> None:
     """Run nothing for nobody."""
     if work.dropped:
         raise StepFailedError("whoever sent the step is gone")
+
+
+def _run_graphed(
+    part: Part, works: list[Work], outcomes: dict[Work, Outcome | Exception | None]
+) -> list[Work]:
+    """Run those steps as a CUDA graph that can be, where there are graphs; return the others.
+
+    If that fails, all are others.
+    """
+    graphs = getattr(part, "step_graphs", None)
+    if graphs is None:
+        return works
+    chosen = [work for work in works if _is_plain(work) and graphs.takes(work.cache)]
+    if not chosen:
+        return works
+    started = time.perf_counter()
+    for work in chosen:
+        work.turn_began(started)
+    try:
+        output = graphs.step(
+            [work.cache for work in chosen],
+            torch.cat([work.begin().given.tensor for work in chosen]),
+            torch.cat([_position_of(work) for work in chosen]),
+        )
+    except Exception:
+        logger.exception("steps of %s as a CUDA graph failed, and are run as they are", part)
+        return works
+    ended = time.perf_counter()
+    for number, work in enumerate(chosen):
+        work.turn_ended(ended)
+        work.pieces.append(HiddenState(output[number : number + 1]))
+        outcomes[work] = _finished_finite(work)
+    return [work for work in works if work not in chosen]
+
+
+def _is_plain(work: Work) -> bool:
+    """Whether a step is one position of one row, without a mask."""
+    step = work.step
+    return (step.batch, step.new) == (1, 1) and work.begin().mask is None
+
+
+def _position_of(work: Work) -> torch.Tensor:
+    """Return the position id of a step of one position, int64 [1, 1]."""
+    said = work.begin().positions
+    return torch.tensor([[work.state.length]]) if said is None else said
+
+
+def _finished_finite(work: Work) -> Outcome | Exception:
+    """Return what a step came to, or that what the part gave is no number."""
+    try:
+        _check_given(work.pieces[-1], work.state.length)
+    except Exception as error:  # noqa: BLE001 - it is the answer to this step alone
+        return error
+    return _finished(work)
 
 
 def _run_joined(

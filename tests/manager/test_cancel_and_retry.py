@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from manager_fakes import PATIENCE, FakeLoader, Watch, until
 
-from splitlearn_core.errors import QuantizationError
+from splitlearn_core.errors import QuantizationError, StepGraphError
 from splitlearn_core.estimate import MemoryEstimate
 from splitlearn_manager.core import loads
 from splitlearn_manager.core.deadlines import LoadDeadlines
@@ -375,6 +375,7 @@ async def test_what_does_not_heal_in_time_keeps_when_it_may_be_tried_again(
         (OSError(28, "no space left"), "storage"),
         (ValueError("no"), "bad_checkpoint"),
         (QuantizationError("no"), "unsupported_quantization"),
+        (StepGraphError("no"), "unsupported_cuda_graphs"),
         (KeyError("no"), "unsupported_model"),
         (ZeroDivisionError(), "error"),
     ],
