@@ -71,6 +71,7 @@ class Decoder:
         self._pace = Pace(piece) if pace is None else pace
         self._prompts: deque[Job] = deque()
         self._running: list[Continuation] = []
+        self._gave_way = False
 
     @property
     def running(self) -> int:
@@ -114,29 +115,47 @@ class Decoder:
     def together(self) -> list[Event]:
         """Run one forward for all answers and for pieces of prompts, where parts pack them.
 
-        Answers run without prompts until it is known how long that takes.
+        Answers run without prompts until it is known how long that takes, and prompts without them
+        where answers give way.
         """
-        if self._running and not self._pace.knows_steps:
-            return self.step()
         self.drop_unwanted()
-        running = self._running
-        pieces = self._pieces()
+        gives_way = self._gives_way()
+        if self._running and not gives_way and not self._pace.knows_steps:
+            return self.step()
+        running = [] if gives_way else self._running
+        self._gave_way = gives_way
+        pieces = self._pieces(beside=bool(running))
         if not (running or pieces):
             return []
         steps = [self._next(one) for one in running]
         begun = [self._piece_step(job, length) for job, length in pieces]
         began = self._clock()
         self.chain.run([*steps, *begun])
-        events = self._stepped(running, steps) + self._prefilled(pieces, begun)
+        events = self._stepped(running, steps) if running else []
+        events += self._prefilled(pieces, begun)
         ended = self._clock()
         positions = sum(length for _, length in pieces)
         self._pace.packed_ran(frozenset(map(id, running)), positions, ended - began, ended)
         return events
 
+    def _gives_way(self) -> bool:
+        """Whether answers that have but their first tokens wait for one more forward of prompts.
+
+        Those whose prompts came with theirs, and had no room with them: together they then step
+        with all their rows, and each prompt is done sooner than in pieces.
+        """
+        return (
+            not self._gave_way
+            and bool(self._running and self._prompts)
+            and all(len(one.tokens) == 1 for one in self._running)
+            and all(job.length <= self._piece for job in self._prompts)
+        )
+
     # --- Answers ---------------------------------------------------------------------------
 
     def step(self) -> list[Event]:
         """Run one forward for all answers; each gets a token."""
+        self._gave_way = False
         self.drop_unwanted()
         running = self._running
         if not running:
@@ -233,10 +252,12 @@ class Decoder:
             events += self._ran(job, length, step)
         return events
 
-    def _pieces(self) -> list[tuple[Job, int]]:
-        """Take the pieces of prompts that go into one packed forward with all answers."""
-        short = all(job.length <= self._piece for job in self._prompts)
-        room = self._pace.room(self._clock(), short=short, beside=bool(self._running))
+    def _pieces(self, *, beside: bool) -> list[tuple[Job, int]]:
+        """Take the pieces of prompts that go into one packed forward, with answers or alone."""
+        room = self._piece
+        if beside:
+            short = all(job.length <= self._piece for job in self._prompts)
+            room = self._pace.room(self._clock(), short=short, beside=True)
         return list(take_pieces(self._prompts, room, self._most_of, cut=True))
 
     def _most_of(self, job: Job) -> int:

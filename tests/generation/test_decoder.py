@@ -145,6 +145,45 @@ def test_prompts_and_answers_are_one_forward(llama: Small) -> None:
     assert [made(events, job) for job in jobs] == [llama.expected(list(j.tokens)) for j in jobs]
 
 
+def test_answers_that_begin_give_way_to_prompts_that_came_with_theirs_once(llama: Small) -> None:
+    decoder = decoder_of(llama.split, piece=14)
+    seen: list[int] = []
+    jobs = [Job(tuple(llama.prompts[n]), GREEDY, Wanted(NEW)) for n in (0, 1, 3, 3)]
+    decoder.take(jobs)
+    handle = llama.split.top.register_forward_hook(
+        lambda _, given, __: seen.append(given[0].shape[1])
+    )
+
+    events = [event for _ in range(4) for event in decoder.together()]
+    # two prompts; the third and what there is room for of the fourth; steps of those three
+    assert seen[:3] == [14, 14, 3]
+    assert decoder.running >= 3
+    handle.remove()
+
+    events += run(decoder, [])
+    assert [made(events, job) for job in jobs] == [llama.expected(list(j.tokens)) for j in jobs]
+
+
+def test_answers_that_have_begun_give_way_no_more(llama: Small) -> None:
+    decoder = decoder_of(llama.split)
+    jobs = [Job(tuple(llama.prompts[n]), GREEDY, Wanted(NEW)) for n in (0, 1)]
+    decoder.take(jobs[:1])
+    events = decoder.together() + decoder.together()
+    seen: list[int] = []
+    handle = llama.split.top.register_forward_hook(
+        lambda _, given, __: seen.append(given[0].shape[1])
+    )
+
+    decoder.take(jobs[1:])
+    events += decoder.together()
+    handle.remove()
+
+    assert seen[0] > 1
+    assert len(made(events, jobs[0])) == 3
+    events += run(decoder, [])
+    assert [made(events, job) for job in jobs] == [llama.expected(list(j.tokens)) for j in jobs]
+
+
 def test_a_round_without_anybody_is_none(llama: Small) -> None:
     decoder = decoder_of(llama.split)
     job = Job(tuple(llama.prompts[0]), GREEDY, Wanted(NEW))
