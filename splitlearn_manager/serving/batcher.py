@@ -187,6 +187,10 @@ class Batcher:
             job.answer.cancel()
         return self._task
 
+    def forget(self, state: State) -> None:
+        """Expect no more steps of a session, which has ended."""
+        self._pace.forget(id(state))
+
     @property
     def waiting(self) -> int:
         """Steps that wait for their turn, or for that of their next piece."""
@@ -261,7 +265,8 @@ class Batcher:
         first token and will step.
         """
         newcomers = bool(self._steps) or not self._prompts
-        return min(self._pace.expected(newcomers=newcomers), self._limits.rows)
+        expected = self._pace.expected(newcomers=newcomers)
+        return min(expected, self._limits.rows, self.sessions)
 
     async def _gather_prompts(self) -> None:
         """Wait a moment for prompts that come together: in one forward they cost less."""
@@ -439,8 +444,9 @@ class Batcher:
 
     def _prompts_ended(self, jobs: Iterable[_Job], seconds: float, ended: float) -> None:
         """Expect the first steps of those whose prompts ended, where they share forwards."""
-        if self._joinable.steps:
-            self._pace.prompts_ended(frozenset(id(job.work.state) for job in jobs), seconds, ended)
+        if self._joinable.steps and self._limits.rows > 1:
+            sharing = frozenset(id(job.work.state) for job in jobs if not job.padded)
+            self._pace.prompts_ended(sharing, seconds, ended)
 
     async def _tidy(self, prompts: Sequence[_Job]) -> None:
         """Give back what the forwards of prompts have freed, once there were enough of them."""

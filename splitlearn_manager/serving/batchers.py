@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from splitlearn_core.joined_cache import Joinable
     from splitlearn_manager.core.entries import AsyncManagedModel
+    from splitlearn_manager.serving.step import State
 
 
 class Batchers:
@@ -59,10 +60,11 @@ class Batchers:
         self._running[managed] = batcher
         return batcher
 
-    def give_back(self, managed: AsyncManagedModel) -> None:
-        """Count a session less; the batcher is stopped with the last."""
+    def give_back(self, managed: AsyncManagedModel, state: State) -> None:
+        """Count a session less, whose state this was; the batcher is stopped with the last."""
         batcher = self._running[managed]
         batcher.sessions -= 1
+        batcher.forget(state)
         if not batcher.sessions:
             del self._running[managed]
             task = batcher.stop()

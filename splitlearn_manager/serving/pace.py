@@ -85,6 +85,7 @@ class Pace:
     _newcomers: frozenset[int] = frozenset()
     _prompts_ended: float = 0.0
     _prompts_seconds: float = 0.0
+    _knows_prompts: bool = False
 
     def steps_ran(self, sessions: frozenset[int], seconds: float, ended: float) -> None:
         """Note a forward of the steps of these sessions."""
@@ -97,6 +98,7 @@ class Pace:
     def piece_ran(self, positions: int, seconds: float) -> None:
         """Note a forward of so many positions of prompts, those of all rows counted."""
         self.per_position = seconds / positions
+        self._knows_prompts = True
 
     def packed_ran(
         self, sessions: frozenset[int], positions: int, seconds: float, ended: float
@@ -107,6 +109,7 @@ class Pace:
         if not positions:
             self.steps_ran(sessions, seconds, ended)
             return
+        self._knows_prompts = True
         if sessions:
             self._mixed += 1
             self._stepped(sessions, seconds, ended)
@@ -129,6 +132,12 @@ class Pace:
         self._last.append(sessions)
         self.seconds, self.ended = seconds, ended
         self._newcomers = frozenset()
+
+    def forget(self, session: int) -> None:
+        """Expect a session no longer, which has ended."""
+        self._newcomers -= {session}
+        for number, sessions in enumerate(self._last):
+            self._last[number] = sessions - {session}
 
     def begin_anew(self) -> None:
         """Forget who stepped, and remember what forwards take."""
@@ -161,9 +170,9 @@ class Pace:
     def company(self, positions: int) -> float:
         """Return the seconds to wait for another prompt, where so many positions wait to run.
 
-        As long as nothing ran, that is the longest: what a first prompt takes is much.
+        As long as no prompt ran, that is the longest: what a first one takes is much.
         """
-        if not self.per_position:
+        if not self._knows_prompts:
             return LONGEST_COMPANY_WAIT
         return min(positions * self.per_position * COMPANY_SHARE, LONGEST_COMPANY_WAIT)
 

@@ -627,7 +627,7 @@ class SessionTable:
             try:
                 session.hold = managed.hold(partial(self._model_goes, session))
             except BaseException:
-                self._batchers.give_back(managed)
+                self._batchers.give_back(managed, state)
                 raise
         except BaseException:
             self.claims.lower(client, managed, state, 0, 0)
@@ -652,7 +652,7 @@ class SessionTable:
         session.state.cache = session.state.mask = session.last = None
         self._end_absence(session)
         self.claims.end_session(session.client, session.managed, session.state)
-        self._batchers.give_back(session.managed)
+        self._batchers.give_back(session.managed, session.state)
         if session.hold is not None:
             session.hold.release()
         if not self._sessions:

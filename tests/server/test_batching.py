@@ -195,6 +195,25 @@ async def test_the_first_steps_after_prompts_that_ended_together_are_one_forward
         assert close(output, bench.expected(trunk, session)[-1])
 
 
+async def test_nobody_waits_for_those_who_never_step_with_others(
+    bench: Bench, trunk: SplitModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session that closes after its prompt, and one whose steps have masks without ids."""
+    monkeypatch.setattr(pace, "WAITING_SHARE", 1e9)
+    monkeypatch.setattr(pace, "LONGEST_WAIT", 600.0)
+    gone, padded, stepping = [await bench.open() for _ in range(3)]
+    await bench.start(gone, hidden(5))
+    await bench.start(stepping, hidden(5))
+    bench.table.close(gone, CloseReason.CLOSED)
+    mask = torch.ones(1, 4, dtype=torch.int64)
+    await bench.start(padded, hidden(4), mask=mask)
+    await bench.start(padded, hidden(1), mask=mask[:, :1])
+
+    async with asyncio.timeout(30):
+        output = await bench.start(stepping, hidden(1, seed=8))
+    assert close(output, bench.expected(trunk, stepping)[-1])
+
+
 @pytest.mark.parametrize("bench", [BatchLimits(rows=1)], indirect=True)
 async def test_without_batching_each_step_is_equal_to_the_bit(
     bench: Bench, trunk: SplitModel

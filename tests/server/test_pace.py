@@ -118,6 +118,8 @@ def test_those_whose_prompts_ended_are_expected_until_steps_have_run() -> None:
     assert found.expected() == 2
     found.prompts_ended(frozenset({8, 9}), 0.3, NOW)
     assert (found.expected(), found.expected(newcomers=False)) == (3, 2)
+    found.forget(8)
+    assert found.expected() == 2
     found.begin_anew()
     assert found.expected() == 0
 
@@ -212,3 +214,6 @@ def test_a_prompt_waits_for_company_for_a_share_of_what_it_takes() -> None:
     assert round(pace(1).company(10), 9) == 10 * 0.005 * COMPANY_SHARE
     assert pace(1).company(5000) == LONGEST_COMPANY_WAIT
     assert Pace(CHUNK).company(10) == LONGEST_COMPANY_WAIT
+    short = Pace(CHUNK)
+    short.packed_ran(frozenset(), 8, 0.3, NOW)  # too short to tell what prompts take
+    assert short.company(10) == 0
