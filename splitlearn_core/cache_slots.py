@@ -7,7 +7,7 @@ sequences whose steps are one are slots of tensors that never move, of each laye
 
 A sequence has a cache like any other (`splitlearn_core.cache`), whose layers keep what they hold in
 its slot, for as long as it fits there; what is done to the cache is done there.  One that gets no
-slot, or outgrows it, keeps it in memory of its own.
+slot, or outgrows it (and has it until its end), keeps it in memory of its own.
 
 The last position of a slot is nobody's: there a row writes that has nothing to write.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import heapq
 import weakref
-from threading import Lock
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +42,8 @@ class CacheSlots:
         self.positions = positions
         self._slots = slots
         self._free = list(range(slots))
-        self._lock = Lock()
+        # a collection may give a slot back in the thread that is just taking one
+        self._lock = RLock()
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def slot_of(self, room: CacheRoom) -> int | None:
@@ -75,6 +76,31 @@ class CacheSlots:
         own = [tensor[slot : slot + 1, :, : self.positions] for tensor in layer]
         return Place(own[0], own[1], _Share(sum(tensor.nbytes for tensor in own)))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(tensor.nbytes for layer in self._layers.values() for tensor in layer)
+
+    def clear(self, slot: int, number: int) -> None:
+        """Forget what layer `number` was left with in a slot.
+
+        What is not looked at is multiplied by a weight of zero, which makes no number of infinity.
+        """
+        for tensor in self._layers.get(number, ()):
+            tensor[slot].zero_()
+
+    def views(self, slot: int, number: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the first `end` positions of layer `number` in a slot: keys and values."""
+        keys, values = self._layers[number]
+        return keys[slot : slot + 1, :, :end], values[slot : slot + 1, :, :end]
+
+    def holds(self, slot: int, number: int, held: Any) -> bool:
+        """Whether what a cache's layer holds, and it holds something, is that of a slot."""
+        if number not in self._layers or not held.get_seq_length():
+            return False
+        there = self.views(slot, number, held.get_seq_length())
+        return all(map(_is_same, there, (held.keys, held.values)))
+
     def layer(
         self, number: int, rows: int, width: int, written: torch.Tensor, length: int
     ) -> StepLayer:
@@ -93,8 +119,8 @@ class CacheSlots:
     def _empty(self, like: torch.Tensor) -> torch.Tensor:
         """Return memory for a layer.
 
-        Zeros, as what was never written is multiplied by weights of zero; and a tensor like any
-        other: those that are made in inference mode can't be written to without it.
+        A tensor like any other: those that are made in inference mode can't be written to without
+        it.
         """
         _, heads, _, size = like.shape
         with torch.inference_mode(mode=False):
@@ -129,6 +155,7 @@ class SlotRoom(CacheRoom):
         super().__init__(layers)
         self.slots = slots
         self._refused = False
+        self._cleared: set[int] = set()
         self._end: Callable[[], Any] | None = None
         self.slot: int | None = None
 
@@ -143,11 +170,18 @@ class SlotRoom(CacheRoom):
             self._refused = self.slot is None
             if self.slot is not None:
                 self._end = weakref.finalize(self, self.slots.give_back, self.slot)
-        return None if self.slot is None else self.slots.place(self.slot, number, keys, values)
+        if self.slot is None:
+            return None
+        place = self.slots.place(self.slot, number, keys, values)
+        if number not in self._cleared:
+            self._cleared.add(number)
+            self.slots.clear(self.slot, number)
+        return place
 
     def forget(self) -> None:
         """Give the slot back."""
         end, self._end, self.slot, self._refused = self._end, None, None, False
+        self._cleared.clear()
         if end is not None:
             end()
 
@@ -209,4 +243,13 @@ def _alike(layer: torch.Tensor, new: torch.Tensor) -> bool:
         new.shape[3],
         new.dtype,
         new.device,
+    )
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same piece of memory."""
+    return (one.data_ptr(), one.shape, one.stride()) == (
+        other.data_ptr(),
+        other.shape,
+        other.stride(),
     )

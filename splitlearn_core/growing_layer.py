@@ -87,23 +87,6 @@ class GrowingLayer(DynamicLayer):
         pieces = [tensor.untyped_storage().data_ptr() for tensor in (place.values, place.keys)]
         return {pieces[0]: 0, pieces[1]: place.memory.taken}
 
-    @property
-    def is_in_place(self) -> bool:
-        """Whether all that it holds, and it holds something, lies where its place begins."""
-        place = self._place
-        if place is None or not self.get_seq_length():
-            return False
-        held: Any = (self.keys, self.values)
-        return _begins(held[0], place.keys) and _begins(held[1], place.values)
-
-    def take_in(self, positions: int) -> None:
-        """Hold positions more, that were written behind those that it holds; it is in place."""
-        place, end = self._place, self.get_seq_length() + positions
-        if place is None:
-            raise RuntimeError("a layer takes in what was written to its place, and has none")
-        self.keys = torch.narrow(place.keys, 2, 0, end)
-        self.values = torch.narrow(place.values, 2, 0, end)
-
     def _place_for(self, keys: torch.Tensor, values: torch.Tensor, end: int) -> Place:
         """Return where there is space for `end` positions like these, that of before if it will do.
 

@@ -204,11 +204,13 @@ class SplitModel(nn.Module):
     def resident_bytes(self) -> int:
         """Return the bytes of the distinct pieces of memory that hold the weights.
 
-        Pages mapped from a file count fully, whether they have been touched or not.
+        Pages mapped from a file count fully, whether they have been touched or not; and what caches
+        lie in whose steps are graphs.
         """
         tensors = [*self.parameters(), *self.buffers()]
         packed = sum(p.nbytes for p in self._packed())
-        return sum({t.data_ptr(): t.nbytes for t in tensors}.values()) + packed
+        slots = 0 if self.step_graphs is None else self.step_graphs.nbytes
+        return sum({t.data_ptr(): t.nbytes for t in tensors}.values()) + packed + slots
 
     def new_cache(self) -> Cache:
         """Return an empty KV cache for this part; give it as `past_key_values`."""

@@ -19,6 +19,7 @@ that way it is tested.
 from __future__ import annotations
 
 import weakref
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -75,9 +76,16 @@ class StepGraphs:
         self._part_seen = weakref.ref(part)  # a part has its graphs: its memory goes with it
         self._sequences = sequences
         self._slots = CacheSlots(sequences, positions)
-        self._recorded: dict[tuple[int, int], _Recorded] = {}
+        self._steps: dict[tuple[int, int], _Step] = {}
+        self._recorder = _Recorder(part.device) if part.device.type == "cuda" else None
+        self._failed = False
         _check_part(part)
         self._check_first_step()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memory that caches lie in."""
+        return self._slots.nbytes
 
     @property
     def _part(self) -> SplitModel:
@@ -91,12 +99,13 @@ class StepGraphs:
     def takes(self, cache: Any) -> bool:
         """Whether a step with this cache can be here: all that it holds, for one row, is in a slot.
 
-        And there is room for one position more.
+        And there is room for one position more, and no graph could not be recorded before.
         """
-        if not isinstance(cache, PartCache) or self._slots.slot_of(cache.room) is None:
+        slot = self._slots.slot_of(cache.room) if isinstance(cache, PartCache) else None
+        if slot is None or self._failed or cache.length >= self._slots.positions:
             return False
-        layers = list(_growing(cache))
-        return cache.length < self._slots.positions and all(one.is_in_place for one in layers)
+        own = enumerate(_growing(cache))
+        return all(self._slots.holds(slot, number, layer) for number, layer in own)
 
     def step(
         self,
@@ -121,10 +130,10 @@ class StepGraphs:
         with torch.inference_mode():
             rows = min(_power(max(slots) + 1), self._sequences)
             width = min(max(_power(max(lengths) + 1), _NARROWEST), self._slots.positions)
-            output = self._graph(rows, width).run(slots, lengths, said, hidden)
-        for cache in caches:
-            for layer in _growing(cache):
-                layer.take_in(1)
+            output = self._step_of(rows, width).run(slots, lengths, said, hidden)
+        for cache, slot, length in zip(caches, slots, lengths, strict=True):
+            for number, layer in enumerate(_growing(cache)):
+                layer.keys, layer.values = self._slots.views(slot, number, length + 1)
             cache.advance_ghosts(1)
         return output
 
@@ -134,11 +143,19 @@ class StepGraphs:
             raise ValueError("a cache that steps in a graph has a slot: see `takes`")
         return slot
 
-    def _graph(self, rows: int, width: int) -> _Recorded:
-        """Return the graph for so many slots and positions."""
-        if (rows, width) not in self._recorded:
-            self._recorded[rows, width] = _Recorded(self._part, self._slots, rows, width)
-        return self._recorded[rows, width]
+    def _step_of(self, rows: int, width: int) -> _Step:
+        """Return the step of so many slots and positions.
+
+        Where one can't be recorded, no other is tried: nothing is said of what CUDA is left with.
+        """
+        if (rows, width) not in self._steps:
+            try:
+                step = _Step(self._part, self._slots, rows, width, self._recorder)
+            except Exception:
+                self._failed = True
+                raise
+            self._steps[rows, width] = step
+        return self._steps[rows, width]
 
     def _check_first_step(self) -> None:
         """Compare a step with the part's own forward."""
@@ -155,7 +172,7 @@ class StepGraphs:
         try:
             found, wanted = self._first_steps(given)
         except Exception as error:
-            raise StepGraphError(f"{_unfit(part)}: {in_one_line(error)}") from error
+            raise StepGraphError(f"{_unfit(part)}: {in_one_line(_first_of(error))}") from error
         difference = float((found - wanted).norm() / wanted.norm())
         if not difference <= _TOLERANCES.get(part.hidden_dtype, _TOLERANCES[torch.float32]):
             raise StepGraphError(f"{_unfit(part)}: a first step differs by {difference:.2g}")
@@ -186,7 +203,7 @@ class StepGraphs:
         raise TypeError("CUDA graphs can't be pickled")
 
 
-class _Recorded:
+class _Step:
     """The step of the first slots, with its inputs and its output at fixed addresses.
 
     Args:
@@ -194,9 +211,17 @@ class _Recorded:
         slots: Where the caches are.
         rows: Slots.
         width: Positions that are looked at.
+        recorder: What makes a graph of it; `None` runs it as it is.
     """
 
-    def __init__(self, part: SplitModel, slots: CacheSlots, rows: int, width: int) -> None:
+    def __init__(
+        self,
+        part: SplitModel,
+        slots: CacheSlots,
+        rows: int,
+        width: int,
+        recorder: _Recorder | None,
+    ) -> None:
         device = part.device
         self._device = device
         self._unused = slots.positions  # the position that is nobody's
@@ -210,8 +235,7 @@ class _Recorded:
         self._columns = torch.arange(width, device=device)
         self._cache = _step_cache(part, slots, rows, width, self._numbers[0])
         self._part = weakref.ref(part)
-        on_cuda = device.type == "cuda"
-        self._replay = _recorded(self._forward, device) if on_cuda else self._forward
+        self._replay = self._forward if recorder is None else recorder.record(self._forward)
 
     def _forward(self) -> torch.Tensor:
         """Run the step as it is."""
@@ -251,29 +275,62 @@ def _there(part: weakref.ref[SplitModel]) -> SplitModel:
     return found
 
 
-def _recorded(
-    forward: Callable[[], torch.Tensor], device: torch.device
-) -> Callable[[], torch.Tensor]:
-    """Return what runs a forward as a CUDA graph, which it is recorded as here.
+_recording = Lock()
+"""One graph is recorded at a time in a process: to begin waits for all that the GPU does, which
+would spoil another."""
 
-    Other threads may use the GPU meanwhile, as those of other models do.
+
+class _Recorder:
+    """Makes graphs of the steps of one part: on one stream, and with one pool of memory.
+
+    They can share it: they run one after the other, and what one gives is copied before the next.
+
+    Args:
+        device: The part's.
     """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's own
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                forward()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            output = forward()
 
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return output
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        with torch.cuda.device(device):
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's own
+            self._pool = torch.cuda.graph_pool_handle()
 
-    return replay
+    def record(self, forward: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """Return what runs a forward as a CUDA graph.
+
+        Forwards of other models may go on meanwhile, in other threads.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with _recording, torch.cuda.device(self._device):
+            before = torch.cuda.current_stream()
+            self._stream.wait_stream(before)
+            try:
+                # This one puts the thread's stream back, which `graph` does not if it fails.
+                with torch.cuda.stream(self._stream):
+                    for _ in range(_WARM_UPS):
+                        forward()
+                    with torch.cuda.graph(
+                        graph,
+                        pool=self._pool,
+                        stream=self._stream,
+                        capture_error_mode="thread_local",
+                    ):
+                        output = forward()
+            finally:
+                before.wait_stream(self._stream)
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return output
+
+        return replay
+
+
+def _first_of(error: BaseException) -> BaseException:
+    """Return the error that another came of: what ends a recording only says that it failed."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    return error
 
 
 def _step_cache(
@@ -318,6 +375,8 @@ def _check_part(part: SplitModel) -> None:
         raise StepGraphError(
             f"{_unfit(part)}: its layers keep something else than keys and values of all positions"
         )
+    if part.kv_bytes_per_position is None:
+        raise StepGraphError(f"{_unfit(part)}: what its cache takes can't be told before")
 
 
 def _unfit(part: SplitModel) -> str:

@@ -216,7 +216,7 @@ def _run_graphed(
 ) -> list[Work]:
     """Run those steps as a CUDA graph that can be, where there are graphs; return the others.
 
-    If that fails, all are others.
+    If that fails, all are others.  (Once a graph could not be recorded, none can be.)
     """
     graphs = getattr(part, "step_graphs", None)
     if graphs is None:
@@ -234,13 +234,14 @@ def _run_graphed(
             torch.cat([_position_of(work) for work in chosen]),
         )
     except Exception:
-        logger.exception("steps of %s as a CUDA graph failed, and are run as they are", part)
+        logger.exception("a step of %s as a CUDA graph failed, and is run as it is", part.component)
         return works
+    bad = not_finite(output) is not None  # waits for the GPU
     ended = time.perf_counter()
     for number, work in enumerate(chosen):
         work.turn_ended(ended)
         work.pieces.append(HiddenState(output[number : number + 1]))
-        outcomes[work] = _finished_finite(work)
+        outcomes[work] = _finished_finite(work) if bad else _finished(work)
     return [work for work in works if work not in chosen]
 
 

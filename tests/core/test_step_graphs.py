@@ -154,6 +154,80 @@ def test_one_that_outgrows_its_slot_goes_on_by_itself(load: Load) -> None:
         assert not graphs.takes(pairs.caches[0])
 
 
+def test_one_that_outgrew_its_slot_and_went_back_steps_by_itself(load: Load) -> None:
+    part = load()
+    graphs = StepGraphs(part, 2, 8)
+    pairs = Pairs(part, graphs, [6])
+    pairs.both(0, hidden(part, 1, 4, seed=1))
+    for cache in (pairs.caches[0], pairs.alone[0]):
+        cache.crop(-6)
+    pairs.both(0, hidden(part, 1, 2, seed=2))
+
+    assert pairs.caches[0].length == 6
+    assert not graphs.takes(pairs.caches[0])
+
+
+def test_what_a_slot_was_left_with_spoils_nobody_else(load: Load) -> None:
+    part = load()
+    graphs = StepGraphs(part, 1, 16)
+    left = graphs.new_cache()
+    run(part, hidden(part, 1, 9), left)
+    for layer in left.layers[POINTS[0] : POINTS[1]]:
+        layer.keys.fill_(torch.nan)
+        layer.values.fill_(torch.inf)
+    del left, layer
+
+    pairs = Pairs(part, graphs, [3])
+    assert graphs.takes(pairs.caches[0])
+    assert pairs.error(0) < 1e-5
+
+
+class NoMemory:
+    """Stands for CUDA without memory for a graph: what ends a recording says that it failed."""
+
+    def record(self, forward: Callable[[], torch.Tensor]) -> Any:
+        forward()
+        earlier = torch.OutOfMemoryError("20 MiB more, and there are 3")
+        raise RuntimeError("operation failed due to a previous error during capture") from earlier
+
+
+def test_where_a_graph_can_not_be_recorded_no_other_is_tried(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = load()
+    pairs = Pairs(part, graphs := StepGraphs(part, 4, 16), [5, 3, 2])
+    assert pairs.error(0) < 1e-5
+    monkeypatch.setattr(graphs, "_recorder", NoMemory())
+    assert pairs.error(0, seed=1) < 1e-5  # recorded before
+
+    with pytest.raises(RuntimeError, match="previous error"):
+        graphs.step(pairs.caches, hidden(part, 3, 1))
+    assert not any(map(graphs.takes, pairs.caches))
+    assert [cache.length for cache in pairs.caches] == [7, 3, 2]
+
+
+def test_a_load_says_why_a_graph_could_not_be_recorded(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = load()
+
+    def made(*_: Any) -> Any:
+        return NoMemory().record(lambda: torch.zeros(1))
+
+    monkeypatch.setattr("splitlearn_core.step_graphs._Step", made)
+    with pytest.raises(StepGraphError, match=r"can't be CUDA graphs: .*20 MiB more"):
+        StepGraphs(part, 4, 16)
+
+
+@pytest.mark.gpu(2)
+def test_each_of_two_gpus_records_its_own(load: Load) -> None:
+    parts = [load(f"cuda:{number}") for number in range(2)]
+    all_pairs = [Pairs(part, StepGraphs(part, 4, 16), [5, 3]) for part in parts]
+    for seed in range(3):
+        for pairs in all_pairs:
+            assert pairs.error(0, 1, seed=seed) < 1e-5
+
+
 def test_slots_are_given_to_those_that_come_and_back_by_those_that_go(load: Load) -> None:
     part = load()
     graphs = StepGraphs(part, 2, 8)
@@ -184,7 +258,12 @@ def test_what_is_of_several_rows_or_of_another_part_is_not_taken(load: Load) -> 
     run(part, hidden(part, 2, 3), rows)
     run(other, hidden(other, 1, 3), foreign)
 
-    assert not any(map(graphs.takes, (rows, foreign, empty, object())))
+    grown = graphs.new_cache()
+    run(part, hidden(part, 1, 3), grown)
+    assert graphs.takes(grown)
+    grown.batch_repeat_interleave(2)
+
+    assert not any(map(graphs.takes, (rows, foreign, empty, grown, object())))
     with pytest.raises(ValueError, match="has a slot"):
         graphs.step([foreign], hidden(part, 1, 1))
 
@@ -286,3 +365,4 @@ def test_memory_is_what_was_estimated_and_each_cache_has_its_share(
     assert isinstance(cache, PartCache)
     assert cache.allocated_nbytes == 20 * width
     assert cache.nbytes == 3 * width
+    assert part.resident_bytes() - load().resident_bytes() == 3 * 21 * width
