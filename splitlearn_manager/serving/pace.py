@@ -85,7 +85,7 @@ class Pace:
     _newcomers: frozenset[int] = frozenset()
     _prompts_ended: float = 0.0
     _prompts_seconds: float = 0.0
-    _knows_prompts: bool = False
+    _most_per_position: float = 0.0
 
     def steps_ran(self, sessions: frozenset[int], seconds: float, ended: float) -> None:
         """Note a forward of the steps of these sessions."""
@@ -98,7 +98,6 @@ class Pace:
     def piece_ran(self, positions: int, seconds: float) -> None:
         """Note a forward of so many positions of prompts, those of all rows counted."""
         self.per_position = seconds / positions
-        self._knows_prompts = True
 
     def packed_ran(
         self, sessions: frozenset[int], positions: int, seconds: float, ended: float
@@ -109,7 +108,7 @@ class Pace:
         if not positions:
             self.steps_ran(sessions, seconds, ended)
             return
-        self._knows_prompts = True
+        self._most_per_position = seconds / positions  # there is more in it, if they are few
         if sessions:
             self._mixed += 1
             self._stepped(sessions, seconds, ended)
@@ -172,9 +171,10 @@ class Pace:
 
         As long as no prompt ran, that is the longest: what a first one takes is much.
         """
-        if not self._knows_prompts:
+        each = self.per_position or self._most_per_position
+        if not each:
             return LONGEST_COMPANY_WAIT
-        return min(positions * self.per_position * COMPANY_SHARE, LONGEST_COMPANY_WAIT)
+        return min(positions * each * COMPANY_SHARE, LONGEST_COMPANY_WAIT)
 
     def room(self, now: float, *, short: bool, beside: bool) -> int:
         """Return how many positions of prompts go into one packed forward.

@@ -215,5 +215,6 @@ def test_a_prompt_waits_for_company_for_a_share_of_what_it_takes() -> None:
     assert pace(1).company(5000) == LONGEST_COMPANY_WAIT
     assert Pace(CHUNK).company(10) == LONGEST_COMPANY_WAIT
     short = Pace(CHUNK)
-    short.packed_ran(frozenset(), 8, 0.3, NOW)  # too short to tell what prompts take
-    assert short.company(10) == 0
+    short.packed_ran(frozenset(), 8, 0.02, NOW)  # too short to tell what prompts take
+    assert short.per_position == 0
+    assert round(short.company(10), 9) == 10 * 0.0025 * COMPANY_SHARE
