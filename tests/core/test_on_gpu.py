@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,7 +155,9 @@ def test_what_comes_from_the_cpu_comes_by_page_locked_memory(
 
 
 @no_gpu
-def test_a_gpu_that_is_not_there_is_named(make_checkpoint: Callable[..., Any]) -> None:
+def test_a_gpu_that_is_not_there_is_named(
+    make_checkpoint: Callable[..., Any], tmp_path: Path
+) -> None:
     path = make_checkpoint("llama").path
     said = "device cuda is not there: this machine has cpu"
     with pytest.raises(ValueError, match=said):
@@ -163,6 +166,6 @@ def test_a_gpu_that_is_not_there_is_named(make_checkpoint: Callable[..., Any]) -
         load_split_model("auto", POINTS, path, device_map={"trunk": "cuda:1"})
     with pytest.raises(ValueError, match=said):
         estimate_component(path, "trunk", POINTS, device="cuda")
-    load_component(path, "trunk", POINTS).save(path / "saved")
+    load_component(path, "trunk", POINTS).save(tmp_path / "saved")
     with pytest.raises(ValueError, match=said):
-        SplitModel.load(path / "saved", device="cuda")
+        SplitModel.load(tmp_path / "saved", device="cuda")
