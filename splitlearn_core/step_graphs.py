@@ -19,7 +19,6 @@ that way it is tested.
 from __future__ import annotations
 
 import weakref
-from threading import Lock
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -28,6 +27,7 @@ from transformers.cache_utils import Cache
 from splitlearn_core.cache import GhostLayer, PartCache
 from splitlearn_core.cache_slots import CacheSlots, SlotRoom
 from splitlearn_core.errors import StepGraphError
+from splitlearn_core.graph_recorder import GraphRecorder
 from splitlearn_core.growing_layer import GrowingLayer
 from splitlearn_core.hidden_state import HiddenState
 from splitlearn_core.joined_cache import joinable
@@ -35,15 +35,12 @@ from splitlearn_core.messages import in_one_line
 from splitlearn_core.transfers import on_device
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from splitlearn_core.split_model import SplitModel
 
 _NARROWEST = 128
 """Positions that are looked at, at least."""
-
-_WARM_UPS = 3
-"""Forwards before one is recorded: libraries begin with things that can't be."""
 
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest relative error of the first step, by the dtype of the hidden state."""
@@ -77,7 +74,7 @@ class StepGraphs:
         self._sequences = sequences
         self._slots = CacheSlots(sequences, positions)
         self._steps: dict[tuple[int, int], _Step] = {}
-        self._recorder = _Recorder(part.device) if part.device.type == "cuda" else None
+        self._recorder = GraphRecorder(part.device) if part.device.type == "cuda" else None
         self._failed = False
         _check_part(part)
         self._check_first_step()
@@ -220,7 +217,7 @@ class _Step:
         slots: CacheSlots,
         rows: int,
         width: int,
-        recorder: _Recorder | None,
+        recorder: GraphRecorder | None,
     ) -> None:
         device = part.device
         self._device = device
@@ -273,57 +270,6 @@ def _there(part: weakref.ref[SplitModel]) -> SplitModel:
     if found is None:
         raise RuntimeError("the part whose steps these are is gone")
     return found
-
-
-_recording = Lock()
-"""One graph is recorded at a time in a process: to begin waits for all that the GPU does, which
-would spoil another."""
-
-
-class _Recorder:
-    """Makes graphs of the steps of one part: on one stream, and with one pool of memory.
-
-    They can share it: they run one after the other, and what one gives is copied before the next.
-
-    Args:
-        device: The part's.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        with torch.cuda.device(device):
-            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's own
-            self._pool = torch.cuda.graph_pool_handle()
-
-    def record(self, forward: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        """Return what runs a forward as a CUDA graph.
-
-        Forwards of other models may go on meanwhile, in other threads.
-        """
-        graph = torch.cuda.CUDAGraph()
-        with _recording, torch.cuda.device(self._device):
-            before = torch.cuda.current_stream()
-            self._stream.wait_stream(before)
-            try:
-                # This one puts the thread's stream back, which `graph` does not if it fails.
-                with torch.cuda.stream(self._stream):
-                    for _ in range(_WARM_UPS):
-                        forward()
-                    with torch.cuda.graph(
-                        graph,
-                        pool=self._pool,
-                        stream=self._stream,
-                        capture_error_mode="thread_local",
-                    ):
-                        output = forward()
-            finally:
-                before.wait_stream(self._stream)
-
-        def replay() -> torch.Tensor:
-            graph.replay()
-            return output
-
-        return replay
 
 
 def _first_of(error: BaseException) -> BaseException:
